@@ -1,0 +1,1 @@
+"""Pretrained models by name, and small whole networks built from layers."""
