@@ -1,0 +1,241 @@
+"""The single-head relations that a `Pattern` is made of: leaves, and their `&`, `|`, `~`.
+
+A rule answers `test(q, k)` elementwise for broadcastable index tensors of query and key positions, so the
+same code serves a whole mask and FlexAttention's scalar `mask_mod`. Rules need not be causal: `Pattern`
+cuts at `0 <= k <= q` once, after the whole tree. Rules that hold tensors are equal only to themselves.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import RegardError
+
+
+class Reach(NamedTuple):
+    """A key at position `p_k` is needed by a query at `p_q` only while `p_k < sink or p_q - p_k < recent`.
+
+    `recent` None: for ever. `sink` is then without meaning and 0.
+    """
+
+    sink: int
+    recent: int | None
+
+    def __or__(self, other: "Reach") -> "Reach":  # type: ignore[override]
+        """The smallest reach that covers both."""
+        if self.recent is None or other.recent is None:
+            return FOR_EVER
+        return Reach(max(self.sink, other.sink), max(self.recent, other.recent))
+
+    def __and__(self, other: "Reach") -> "Reach":
+        """The smaller of the two: each covers the intersection."""
+        if self.recent is None or other.recent is None:
+            return other if self.recent is None else self
+        return self if sum(self) <= sum(other) else other  # type: ignore[arg-type]
+
+
+FOR_EVER = Reach(0, None)
+
+
+class Rule:
+    """One head's relation; `test(q, k)` is elementwise, `reach` sound under the causal cut."""
+
+    reach: Reach = FOR_EVER
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether queries at `q` may see keys at `k`: bool, of the broadcast shape of both (or less)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Causal(Rule):
+    """Everything inside the causal cut."""
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        return k <= q
+
+    def __repr__(self) -> str:
+        return "causal"
+
+
+@dataclass(frozen=True)
+class Window(Rule):
+    """`q - k < size`."""
+
+    size: int
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return Reach(0, self.size)
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        return k > q - self.size
+
+    def __repr__(self) -> str:
+        return f"window {self.size}"
+
+
+@dataclass(frozen=True)
+class Sink(Rule):
+    """`k < size`."""
+
+    size: int
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return Reach(self.size, 0)
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        return k < self.size
+
+    def __repr__(self) -> str:
+        return f"sink {self.size}"
+
+
+@dataclass(frozen=True)
+class Predicate(Rule):
+    """A user's `fn(q, k, head)`."""
+
+    fn: Callable[[Tensor, Tensor, Tensor], Tensor]
+    head: int
+    reach: Reach = FOR_EVER
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        answer = self.fn(q, k, torch.tensor(self.head, device=q.device))
+        if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
+            got = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
+            raise RegardError(f"{self!r} must return a bool tensor, got {got}; end it with a comparison")
+        return answer
+
+    def __repr__(self) -> str:
+        return f"predicate {getattr(self.fn, '__name__', type(self.fn).__name__)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Rule):
+    """`table[q // size, k // size]`, nothing outside the table; `size` 1 is a dense mask."""
+
+    table: Tensor
+    size: int
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        rows, columns = self.table.shape
+        i, j = (q, k) if self.size == 1 else (q // self.size, k // self.size)
+        inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
+        return self.table.to(q.device)[i.clamp(0, rows - 1), j.clamp(0, columns - 1)] & inside
+
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self.table.shape))
+        return f"dense {shape}" if self.size == 1 else f"blocks {shape} of {self.size}"
+
+
+@dataclass(frozen=True, eq=False)
+class Listed(Rule):
+    """`k` is listed in `index[q]`, sorted ascending along its last dimension; nothing beyond its rows."""
+
+    index: Tensor
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        # Binary search by gathers: no [Tq, n, Tk] comparison, and it still runs as a scalar mask_mod.
+        rows, count = self.index.shape
+        index, i = self.index.to(q.device), q.clamp(0, rows - 1)
+        at = torch.zeros_like(i + k)
+        for step in (1 << s for s in reversed(range((count - 1).bit_length()))):
+            ahead = at + step
+            at = torch.where((ahead < count) & (index[i, ahead.clamp(max=count - 1)] <= k), ahead, at)
+        return (index[i, at] == k) & (q >= 0) & (q < rows)
+
+    def __repr__(self) -> str:
+        return f"indices {self.index.shape[0]}x{self.index.shape[1]}"
+
+
+@dataclass(frozen=True)
+class Both(Rule):
+    """Intersection."""
+
+    left: Rule
+    right: Rule
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return self.left.reach & self.right.reach
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.test(q, k) & self.right.test(q, k)
+
+    def __repr__(self) -> str:
+        return " & ".join(f"({r!r})" if isinstance(r, Either) else repr(r) for r in (self.left, self.right))
+
+
+@dataclass(frozen=True)
+class Either(Rule):
+    """Union."""
+
+    left: Rule
+    right: Rule
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return self.left.reach | self.right.reach
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.left.test(q, k) | self.right.test(q, k)
+
+    def __repr__(self) -> str:
+        return f"{self.left!r} | {self.right!r}"
+
+
+@dataclass(frozen=True)
+class Outside(Rule):
+    """Complement of a leaf."""
+
+    inner: Rule
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        return Reach(0, 0) if self.inner == Causal() else FOR_EVER
+
+    def test(self, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.inner.test(q, k)
+
+    def __repr__(self) -> str:
+        return f"~{self.inner!r}" if isinstance(self.inner, Causal) else f"~({self.inner!r})"
+
+
+NOTHING = Outside(Causal())
+
+
+def both(a: Rule, b: Rule) -> Rule:
+    """`a & b` in its shortest form."""
+    if a == b or b == Causal() or a == NOTHING:
+        return a
+    if a == Causal() or b == NOTHING:
+        return b
+    if isinstance(a, (Window, Sink)) and type(a) is type(b):
+        return a if a.size <= b.size else b  # type: ignore[attr-defined]
+    return Both(a, b)
+
+
+def either(a: Rule, b: Rule) -> Rule:
+    """`a | b` in its shortest form."""
+    if a == b or b == NOTHING or a == Causal():
+        return a
+    if a == NOTHING or b == Causal():
+        return b
+    if isinstance(a, (Window, Sink)) and type(a) is type(b):
+        return a if a.size >= b.size else b  # type: ignore[attr-defined]
+    return Either(a, b)
+
+
+def outside(a: Rule) -> Rule:
+    """`~a`, pushed down to the leaves so that what is left keeps the reach of its parts."""
+    if isinstance(a, Outside):
+        return a.inner
+    if isinstance(a, Both):
+        return either(outside(a.left), outside(a.right))
+    if isinstance(a, Either):
+        return both(outside(a.left), outside(a.right))
+    return Outside(a)
