@@ -8,11 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regard.recipes.attach import attach as attach
     from regard.core.errors import RegardError as RegardError
     from regard.core.pattern import Pattern as Pattern
     from regard.ops.attention import attend as attend
     from regard.primitives.merge import merge as merge
+    from regard.recipes.attach import attach as attach
     from regard.recipes.recipe import Recipe as Recipe
     from regard.recipes.recipe import place as place
     from regard.search.study import search as search

@@ -83,7 +83,8 @@ def load(name: str, *roots: Path) -> ModuleType:
     if entry.path.is_relative_to(OPS):
         return importlib.import_module(entry.module)
     spec = importlib.util.spec_from_file_location(entry.module, entry.path)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,0 +1,98 @@
+"""`regard list` and `regard show`: what mechanisms there are. Needs no model and does not import torch."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from regard import catalog
+from regard.cli.output import Json, print_json, print_pairs, print_table
+from regard.core.card import Option
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("list")(list_mechanisms)
+    app.command("show")(show_mechanism)
+
+
+def list_mechanisms(json: Json = False) -> None:
+    """List the mechanisms that a recipe can place."""
+    found = catalog.entries()
+    if json:
+        print_json([_summary(name, entry) for name, entry in found.items()])
+        return
+    columns = ("mechanism", "site", "saves", "exact", "arXiv", "title")
+    rows = [
+        (name, entry.site, entry.card.saving, entry.card.exact, entry.card.arxiv, entry.card.title)
+        for name, entry in found.items()
+    ]
+    print_table(columns, rows)
+
+
+def show_mechanism(
+    stem: Annotated[str, typer.Argument(metavar="STEM", help="A mechanism, as `regard list` names it.")],
+    json: Json = False,
+) -> None:
+    """Show one mechanism's card and its options."""
+    entry = catalog.find(stem)
+    card = entry.card
+    if json:
+        print_json({"stem": entry.stem, "site": entry.site, "verbs": entry.verbs, **asdict(card)})
+        return
+    facts: dict[str, Any] = {
+        entry.stem: card.title,
+        "site": f"{entry.site} ({', '.join(entry.verbs)})",
+        "arXiv": card.arxiv,
+        "implements": card.implements,
+        "exact": card.exact,
+        "saves": card.saving,
+        "aliases": card.aliases,
+        "neutral at": _options_text(card.neutral) if card.neutral is not None else None,
+    }
+    print_pairs(
+        facts
+        | {f"departure {n}": text for n, text in enumerate(card.departures, 1)}
+        | {f"oracle {n}": text for n, text in enumerate(card.oracles, 1)}
+    )
+    if card.options:
+        print()
+        rows = [(name, o.kind, _default(o), legal(o), o.doc) for name, o in card.options.items()]
+        print_table(("option", "kind", "default", "legal values", "meaning"), rows)
+
+
+def legal(option: Option) -> str:
+    """The legal values of an option, in words."""
+    if option.choices:
+        text = ", ".join(repr(c) if isinstance(c, str) else str(c) for c in option.choices)
+    elif option.low is None and option.high is None:
+        text = "fitted" if option.kind == "tensor" else "any"
+    elif option.high is None:
+        text = f">= {option.low:g}"
+    elif option.low is None:
+        text = f"<= {option.high:g}"
+    else:
+        text = f"{option.low:g} to {option.high:g}"
+    return f"{text} or none" if option.optional and option.kind != "tensor" else text
+
+
+def _default(option: Option) -> str:
+    return "none" if option.default is None else str(option.default)
+
+
+def _options_text(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items()) or "its defaults"
+
+
+def _summary(name: str, entry: catalog.Entry) -> dict[str, Any]:
+    card = entry.card
+    return {
+        "name": name,
+        "site": entry.site,
+        "title": card.title,
+        "arxiv": card.arxiv,
+        "exact": card.exact,
+        "saving": card.saving,
+        "aliases": card.aliases,
+        "options": sorted(card.options),
+    }
