@@ -10,13 +10,17 @@ from rich.console import Console
 from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or 'demo'.")]
 
 
 def fail(message: str) -> NoReturn:
     """Print `message` as one line and exit with 2."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def note(message: str) -> None:
+    """Print a remark beside the result, which stays alone on standard output."""
+    print(message, file=sys.stderr)
 
 
 def print_json(value: Any) -> None:
@@ -62,11 +66,3 @@ def show(value: Any) -> str:
 def console() -> Console:
     """A console that does not read square brackets as markup (paper numbers are written in them)."""
     return Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' progress bars and notices out of the command's output."""
-    from transformers.utils import logging  # only commands that load a model pay for this import
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()

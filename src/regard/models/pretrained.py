@@ -89,7 +89,7 @@ def _convert(source: Path, target: Path) -> None:
     config = type(quantized.config).from_dict(
         {k: v for k, v in quantized.config.to_dict().items() if k != "quantization_config"}
     )
-    model = type(quantized)(config).to(torch.float32)
+    model = type(quantized)(config).float()
     model.load_state_dict(quantized.state_dict())
     model.generation_config = quantized.generation_config
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""Fits a mechanism on text: one file a fitted mechanism, under its stem."""

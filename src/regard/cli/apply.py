@@ -1,0 +1,94 @@
+"""`regard run` and `regard explain`: a model under a recipe."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regard.cli.common import Device, Dtype, Model, RecipeFile, TextFile, open_model
+from regard.cli.output import Json, note, print_json
+from regard.core.errors import RegardError
+
+Prompt = Annotated[str, typer.Option(help="What to say to the model.")]
+Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
+Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    app.command("run")(run)
+    app.command("explain")(explain)
+
+
+def run(
+    model: Model,
+    recipe: RecipeFile,
+    prompt: Prompt,
+    text: TextFile = None,
+    max_new_tokens: Length = 64,
+    raw: Raw = False,
+    sample: Sample = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Generate with MODEL under a recipe, and say how many bytes its cache took.
+
+    With --text, the file's text comes before the prompt.
+    """
+    import regard
+    from regard.measure.measure import count
+
+    placed = regard.Recipe.load(recipe)
+    network, tokenizer = open_model(model, device, dtype)
+    inputs = _inputs(tokenizer, _with_text(text, prompt), raw).to(network.device)
+    length = inputs["input_ids"].shape[1]
+    with regard.attach(network, placed):
+        start = time.perf_counter()
+        out = network.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=sample, return_dict_in_generate=True)
+        seconds = time.perf_counter() - start
+        # The last token is chosen but never read, so the cache holds one less than the sequence.
+        held = count(network, out.past_key_values, out.sequences.shape[1] - 1)
+    said = tokenizer.decode(out.sequences[0, length:], skip_special_tokens=True)
+    new = out.sequences.shape[1] - length
+    if json:
+        facts = {"text": said, "prompt_tokens": length, "new_tokens": new, "seconds": seconds}
+        print_json(facts | {"bytes": vars(held), "recipe": placed.digest})
+        return
+    print(said)
+    note(
+        f"{length} prompt and {new} new tokens in {seconds:.1f} s; cache {held.stored:,} bytes, "
+        f"{held.ratio:.1%} of dense bf16 at {held.length} tokens"
+    )
+
+
+def explain(model: Model, recipe: RecipeFile, device: Device = None, dtype: Dtype = None, json: Json = False) -> None:
+    """Say what would run in each layer of MODEL under a recipe."""
+    import regard
+
+    placed = regard.Recipe.load(recipe)
+    network, _ = open_model(model, device, dtype)
+    with regard.attach(network, placed) as handle:
+        said = handle.explain()
+    if json:
+        print_json({"recipe": placed.digest, "note": placed.note, "lines": said.splitlines()})
+    else:
+        print(said)
+
+
+def _with_text(path: Path | None, prompt: str) -> str:
+    from regard.measure.text import load
+
+    return f"{load(path).rstrip()}\n\n{prompt}" if path else prompt
+
+
+def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
+    """Token ids and mask of `prompt`, inside the model's chat template if it has one."""
+    if not prompt.strip():
+        raise RegardError("the prompt is empty")
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return tokenizer(prompt, return_tensors="pt")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,1 @@
+"""Words everyone shares: cards, patterns, the store and step protocols, the shape legend, errors."""

@@ -1,0 +1,1 @@
+"""Tensor moves that two or more papers use unchanged, and the store containers."""
