@@ -251,7 +251,7 @@ class Pattern:
         cut = (k <= q) & (k >= 0)
         first = self.rules[0]
         if all(rule == first for rule in self.rules):
-            mask = cut if first == Causal() else cut & first.test(q, k)
+            mask = cut if first == Causal() else cut & first(q, k)
             return mask.expand(-1, max(len(self.rules), mask.shape[1]), -1, -1)
         batch, _, rows, columns = cut.shape
         mask = cut.new_empty(batch, len(self.rules), rows, columns)
@@ -263,7 +263,7 @@ class Pattern:
                 continue
             done[rule] = h
             one = slice(None) if shared else slice(h, h + 1)
-            mask[:, h : h + 1] = cut[:, one] & rule.test(q, k[:, one])
+            mask[:, h : h + 1] = cut[:, one] & rule(q, k[:, one])
         return mask
 
     def density(self, T: int, heads: int = 1) -> float:
@@ -299,8 +299,7 @@ class Pattern:
     ) -> "BlockMask":
         """FlexAttention's `BlockMask` for the last `Tq` of `Tk` positions, the same for all batch rows.
 
-        Args:
-            heads: query heads, a multiple of the pattern's; None: the pattern's own.
+        `heads` are query heads, a multiple of the pattern's; None: the pattern's own.
 
         Raises:
             RegardError: the head counts disagree.
@@ -315,9 +314,9 @@ class Pattern:
 
         def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
             q = q_idx + offset
-            seen = rules[-1].test(q, kv_idx)
+            seen = rules[-1](q, kv_idx)
             for i in range(len(rules) - 2, -1, -1):
-                seen = torch.where(h // group == i, rules[i].test(q, kv_idx), seen)
+                seen = torch.where(h // group == i, rules[i](q, kv_idx), seen)
             return seen & (kv_idx <= q)
 
         flex_heads = None if len(rules) == 1 else count

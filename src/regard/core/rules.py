@@ -1,6 +1,6 @@
 """The single-head relations that a `Pattern` is made of: leaves, and their `&`, `|`, `~`.
 
-A rule answers `test(q, k)` elementwise for broadcastable index tensors of query and key positions, so the
+A rule is called as `rule(q, k)`, elementwise for broadcastable index tensors of query and key positions, so the
 same code serves a whole mask and FlexAttention's scalar `mask_mod`. Rules need not be causal: `Pattern`
 cuts at `0 <= k <= q` once, after the whole tree. Rules that hold tensors are equal only to themselves.
 """
@@ -41,11 +41,11 @@ FOR_EVER = Reach(0, None)
 
 
 class Rule:
-    """One head's relation; `test(q, k)` is elementwise, `reach` sound under the causal cut."""
+    """One head's relation; `rule(q, k)` is elementwise, `reach` sound under the causal cut."""
 
     reach: Reach = FOR_EVER
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether queries at `q` may see keys at `k`: bool, of the broadcast shape of both (or less)."""
         raise NotImplementedError
 
@@ -54,7 +54,7 @@ class Rule:
 class Causal(Rule):
     """Everything inside the causal cut."""
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return k <= q
 
     def __repr__(self) -> str:
@@ -69,9 +69,10 @@ class Window(Rule):
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
+        """Only what is recent."""
         return Reach(0, self.size)
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return k > q - self.size
 
     def __repr__(self) -> str:
@@ -86,9 +87,10 @@ class Sink(Rule):
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
+        """Only the sink."""
         return Reach(self.size, 0)
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return k < self.size
 
     def __repr__(self) -> str:
@@ -103,7 +105,7 @@ class Predicate(Rule):
     head: int
     reach: Reach = FOR_EVER
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         answer = self.fn(q, k, torch.tensor(self.head, device=q.device))
         if not isinstance(answer, Tensor) or answer.dtype != torch.bool:
             got = answer.dtype if isinstance(answer, Tensor) else type(answer).__name__
@@ -121,7 +123,7 @@ class Table(Rule):
     table: Tensor
     size: int
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         rows, columns = self.table.shape
         i, j = (q, k) if self.size == 1 else (q // self.size, k // self.size)
         inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
@@ -138,7 +140,7 @@ class Listed(Rule):
 
     index: Tensor
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         # Binary search by gathers: no [Tq, n, Tk] comparison, and it still runs as a scalar mask_mod.
         rows, count = self.index.shape
         index, i = self.index.to(q.device), q.clamp(0, rows - 1)
@@ -161,10 +163,11 @@ class Both(Rule):
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
+        """The smaller of the two."""
         return self.left.reach & self.right.reach
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.left.test(q, k) & self.right.test(q, k)
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.left(q, k) & self.right(q, k)
 
     def __repr__(self) -> str:
         return " & ".join(f"({r!r})" if isinstance(r, Either) else repr(r) for r in (self.left, self.right))
@@ -179,10 +182,11 @@ class Either(Rule):
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
+        """The larger of each."""
         return self.left.reach | self.right.reach
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.left.test(q, k) | self.right.test(q, k)
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.left(q, k) | self.right(q, k)
 
     def __repr__(self) -> str:
         return f"{self.left!r} | {self.right!r}"
@@ -196,10 +200,11 @@ class Outside(Rule):
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
+        """For ever, unless nothing is left."""
         return Reach(0, 0) if self.inner == Causal() else FOR_EVER
 
-    def test(self, q: Tensor, k: Tensor) -> Tensor:
-        return ~self.inner.test(q, k)
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return ~self.inner(q, k)
 
     def __repr__(self) -> str:
         return f"~{self.inner!r}" if isinstance(self.inner, Causal) else f"~({self.inner!r})"
@@ -210,7 +215,7 @@ NOTHING = Outside(Causal())
 
 def both(a: Rule, b: Rule) -> Rule:
     """`a & b` in its shortest form."""
-    if a == b or b == Causal() or a == NOTHING:
+    if a in (b, NOTHING) or b == Causal():
         return a
     if a == Causal() or b == NOTHING:
         return b
@@ -221,7 +226,7 @@ def both(a: Rule, b: Rule) -> Rule:
 
 def either(a: Rule, b: Rule) -> Rule:
     """`a | b` in its shortest form."""
-    if a == b or b == NOTHING or a == Causal():
+    if a in (b, Causal()) or b == NOTHING:
         return a
     if a == NOTHING or b == Causal():
         return b
@@ -239,3 +244,17 @@ def outside(a: Rule) -> Rule:
     if isinstance(a, Either):
         return both(outside(a.left), outside(a.right))
     return Outside(a)
+
+
+def covers(rule: Rule, length: int) -> bool:
+    """Whether `rule` allows the whole causal cut of positions below `length`, as far as its structure shows."""
+    if isinstance(rule, (Window, Sink)):
+        return rule.size >= length
+    if isinstance(rule, Both):
+        return covers(rule.left, length) and covers(rule.right, length)
+    if isinstance(rule, Either):
+        left, right = rule.left, rule.right
+        if {type(left), type(right)} == {Window, Sink}:
+            return left.size + right.size >= length  # type: ignore[attr-defined]
+        return covers(left, length) or covers(right, length)
+    return rule == Causal()

@@ -1,0 +1,228 @@
+"""Exact attention over any `Pattern`, on the fastest path that computes exactly that.
+
+`reference` (`primitives/reference.py`) is the definition. `sdpa` runs torch's fused kernels with their lse
+and skips the keys that a pattern of finite reach cannot see. A named backend never falls back.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import RegardError
+from regard.core.errors import choose as one_of
+from regard.core.pattern import Pattern
+from regard.core.rules import Causal, Rule, covers
+from regard.core.shapes import group_size
+from regard.primitives.merge import merge
+from regard.primitives.reference import reference
+from regard.primitives.sdpa import fused, refuses
+from regard.primitives.sweep import sweep, visible
+
+__all__ = ["attend", "choose", "merge"]
+
+Part = tuple[Tensor, Tensor]
+
+
+def choose(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> tuple[str, str]:
+    """The backend that `attend` would run, and why: `("reference" | "sdpa", reason)`.
+
+    Raises:
+        RegardError: no such backend, or a named one refuses the call; the message says why.
+    """
+    one_of("backend", backend, ("auto", "reference", "sdpa"))
+    if backend == "reference":
+        return "reference", "asked for"
+    if 0 in (*q.shape, k.shape[2]):
+        return "reference", "there are no queries or no keys, and torch's fused kernels need both"
+    reason = refuses(q, k, v, bias=bias, softcap=softcap)
+    if backend == "sdpa" and reason is not None:
+        raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")
+    if reason is not None:
+        return "reference", reason
+    return "sdpa", "asked for" if backend == "sdpa" else "torch's fused kernels do this exactly"
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    softcap: float | None = None,
+    q_positions: Tensor | None = None,
+    k_positions: Tensor | None = None,
+    empty: str = "zero",
+    backend: str = "auto",
+) -> Part:
+    """Attention of every query over the keys its pattern allows, with the log-sum-exp of the scores.
+
+    Args:
+        q: `[B, H, T, D]`.
+        k: `[B, Hk, S, D]`, `Hk` dividing `H`.
+        v: `[B, Hk, S, Dv]`.
+        pattern: who sees whom, by position; its heads are KV heads. None: causal, or full if not `causal`.
+        bias: broadcastable to `[B, H, T, S]`, added to the scaled (and capped) scores.
+        causal: False with no pattern is full attention.
+        scale: of the scores; None: `D ** -0.5`.
+        softcap: `s` becomes `softcap * tanh(s / softcap)` before the bias.
+        q_positions: integer `[1|B, T]`; None: the last `T` of `0..S-1`, so the last query sees the last key.
+        k_positions: integer `[1|B, S]` or `[1|B, Hk, S]`, in any order; None: `0..S-1`. Negative ones are
+            padding: such keys are not seen, such queries are empty rows.
+        empty: a row that sees nothing gives out 0 and lse -inf ("zero"), or an error ("raise").
+        backend: "auto", "reference" or "sdpa".
+
+    Returns:
+        out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow
+        through both.
+
+    Raises:
+        RegardError: shapes or head counts disagree, a named backend refuses, or a row is empty under "raise".
+    """
+    one_of("choice for empty rows", empty, ("zero", "raise"))
+    _check(q, k, v, pattern, bias, causal, q_positions, k_positions)
+    name, _ = choose(q, k, v, bias=bias, softcap=softcap, backend=backend)
+    if pattern is None and causal:
+        pattern = Pattern.causal()
+    aligned = q_positions is None and k_positions is None
+    rows, keys = q.shape[2], k.shape[2]
+    call = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    q_pos = torch.arange(keys - rows, keys, device=q.device)[None] if q_positions is None else q_positions
+    k_pos = torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
+    if backend == "reference" or 0 in (*q.shape, keys):
+        out, lse = reference(q, k, v, mask=visible(pattern, q_pos, k_pos), bias=bias, **call)
+    elif pattern is None:
+        out, lse = _group(name, q, k, v, None, q_pos, k_pos, bias, aligned, call)
+    else:
+        if aligned:
+            rules = tuple(Causal() if covers(rule, keys) else rule for rule in pattern.rules)
+            pattern = Pattern(rules, pattern.heads)
+        out, lse = _by_heads(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
+    if empty == "raise" and bool((lse == -torch.inf).any()):
+        row = (lse == -torch.inf).nonzero()[0].tolist()
+        raise RegardError(f"batch row {row[0]}, head {row[1]}, query {row[2]} sees no key; pass empty='zero' for out 0")
+    return out, lse
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None,
+    bias: Tensor | None,
+    causal: bool,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+) -> None:
+    """Raise RegardError for arguments that do not belong together."""
+    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise RegardError(f"q, k, v must be [B, heads, length, head dimension], got {shapes}")
+    if not (q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):
+        raise RegardError(f"q [B, H, T, D], k [B, Hk, S, D] and v [B, Hk, S, Dv] disagree: {shapes}")
+    group_size(q, k)
+    if pattern is not None and not causal:
+        raise RegardError("patterns are causal; causal=False goes with pattern=None")
+    if pattern is not None and pattern.heads not in (None, k.shape[1]):
+        raise RegardError(f"a pattern of {pattern.heads} heads for {k.shape[1]} key heads")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if bias is not None:
+        padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
+        fits = len(padded) == 4 and all(n in (1, m) for n, m in zip(padded, full, strict=True))
+        if not fits or not bias.is_floating_point():
+            got = f"{list(bias.shape)} {bias.dtype}"
+            raise RegardError(f"a bias must be float and broadcast to {list(full)}, got {got}")
+    if q_positions is not None and (q_positions.dim() != 2 or q_positions.shape[1] != q.shape[2]):
+        raise RegardError(f"q_positions must be [1 or B, {q.shape[2]}], got {list(q_positions.shape)}")
+    if k_positions is not None:
+        fits = k_positions.dim() in (2, 3) and k_positions.shape[-1] == k.shape[2]
+        if not fits or (k_positions.dim() == 3 and k_positions.shape[1] not in (1, k.shape[1])):
+            raise RegardError(
+                f"k_positions must be [1 or B, {k.shape[2]}] or [1 or B, {k.shape[1]}, {k.shape[2]}], "
+                f"got {list(k_positions.shape)}"
+            )
+    for name, positions in (("q_positions", q_positions), ("k_positions", k_positions)):
+        if positions is not None and positions.shape[0] not in (1, q.shape[0]):
+            raise RegardError(f"{name} has {positions.shape[0]} rows for a batch of {q.shape[0]}")
+
+
+def _by_heads(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    bias: Tensor | None,
+    aligned: bool,
+    call: dict[str, Any],
+) -> Part:
+    """One run for all heads, or one for the heads of each rule where that lets a rule skip keys or its mask."""
+    members: dict[Rule, list[int]] = {}
+    for h, rule in enumerate(pattern.rules):
+        members.setdefault(rule, []).append(h)
+    skips = any(rule.reach.recent is not None or (aligned and rule == Causal()) for rule in members)
+    if len(members) == 1:
+        pattern = Pattern(pattern.rules[:1])
+    if len(members) == 1 or not skips:
+        return _group(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
+    group = q.shape[1] // k.shape[1]
+    order, outs, lses = [], [], []
+    for rule, heads in members.items():
+        queries = [h * group + g for h in heads for g in range(group)]
+        own = k_pos if k_pos.dim() == 2 or k_pos.shape[1] == 1 else _heads(k_pos, heads)
+        own_bias = bias
+        if bias is not None and bias.dim() >= 3 and bias.shape[-3] > 1:
+            own_bias = _heads(bias.reshape((1,) * (4 - bias.dim()) + bias.shape), queries)
+        parts = (_heads(q, queries), _heads(k, heads), _heads(v, heads))
+        out, lse = _group(name, *parts, Pattern((rule,)), q_pos, own, own_bias, aligned, call)
+        order, outs, lses = order + queries, [*outs, out], [*lses, lse]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return _heads(torch.cat(outs, 1), back), _heads(torch.cat(lses, 1), back)
+
+
+def _heads(x: Tensor, index: list[int]) -> Tensor:
+    """Heads `index` of `x [B, heads, ...]`: a view where they are one run."""
+    if index == list(range(index[0], index[0] + len(index))):
+        return x.narrow(1, index[0], len(index))
+    return x.index_select(1, torch.tensor(index, device=x.device))
+
+
+def _group(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    bias: Tensor | None,
+    aligned: bool,
+    call: dict[str, Any],
+) -> Part:
+    rows, keys = q.shape[2], k.shape[2]
+    if name == "sdpa" and aligned and bias is None:
+        if pattern is None or (pattern.is_causal and rows == 1):
+            return fused(q, k, v, **call)
+        if pattern.is_causal and rows == keys:
+            return fused(q, k, v, square=True, **call)
+        if pattern.is_causal and rows < keys and q.device.type == "cuda":
+            # There the mask would cost the flash kernel; on CPU it is as fast, and equal to SDPA to the bit.
+            past, own = keys - rows, (k[:, :, keys - rows :], v[:, :, keys - rows :])
+            before = fused(q, k[:, :, :past], v[:, :, :past], **call)
+            return merge([before, fused(q, *own, square=True, **call)])
+    positions = {"q_pos": q_pos, "k_pos": k_pos, "aligned": aligned}
+    kernel, width = (fused, None) if name == "sdpa" else (reference, q.shape[0] * q.shape[1])
+    return sweep(kernel, q, k, v, pattern=pattern, bias=bias, width=width, **positions, **call)
