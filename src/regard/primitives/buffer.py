@@ -1,0 +1,227 @@
+"""Tokens in memory: a growing buffer, what one forward reads of it, and what all containers share."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import RegardError
+from regard.core.pattern import Pattern
+from regard.core.step import Step
+from regard.core.store import Codec, Fields
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
+
+
+def live_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages behind `tensors`, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def written(x: Tensor, codec: Codec | None) -> Fields:
+    """`x [B, Hk, T, D]` as the fields it is stored as; codes carry no gradient (see `Codec.straight`)."""
+    return (x,) if codec is None else codec.encode(x.detach())
+
+
+def joined(past: Fields, new: Fields) -> Fields:
+    """`past` and `new` one after the other, `new` with its gradients; copies."""
+    return tuple(torch.cat((p, n), dim=2) for p, n in zip(past, new, strict=True))
+
+
+class Buffer:
+    """Tuples of tensors `[B, Hk, slots, *]`, appended in place. Slots from `size` on hold anything.
+
+    Args:
+        limit: slots never exceed it while `size` does not (None: no limit).
+
+    From 1,000 tokens on at most 5 % of the slots beyond `size` are empty, and growing moves a token
+    about 32 times in all.
+    """
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+        self.fields: Fields = ()
+        self.size = 0
+
+    @property
+    def slots(self) -> int:
+        """Allocated token slots of each head."""
+        return self.fields[0].shape[2] if self.fields else 0
+
+    def append(self, new: Fields) -> None:
+        """Write `new`, each `[B, Hk, T, *]`, behind what is there, without its gradients."""
+        stop = self.size + new[0].shape[2]
+        self._fit(stop, new)
+        for field, part in zip(self.fields, new, strict=True):
+            field[:, :, self.size : stop].copy_(part.detach())
+        self.size = stop
+
+    def replace(self, fields: Fields) -> None:
+        """Hold `fields`, which share no memory with the buffer, and nothing else."""
+        self.size = 0
+        self.append(fields)
+
+    def read(self) -> Fields:
+        """Views of what is held, each `[B, Hk, size, *]`."""
+        return tuple(field[:, :, : self.size] for field in self.fields)
+
+    def crop(self, size: int) -> None:
+        """Keep the first `size` tokens."""
+        self.size = min(size, self.size)
+        if self.size == 0:
+            self.fields = ()
+        elif self.fields:
+            self._fit(self.size, self.fields)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row `i` becomes the old row `rows[i]`."""
+        self.fields = tuple(field.index_select(0, rows.to(field.device)) for field in self.fields)
+
+    def _fit(self, size: int, like: Sequence[Tensor]) -> None:
+        bounded = self.limit is not None and size <= self.limit
+        most = self.limit if bounded else size + max(48, size // 20)
+        # Outside inference mode an inference tensor can no longer be written to.
+        stale = any(f.is_inference() for f in self.fields) and not torch.is_inference_mode_enabled()
+        if self.fields and size <= self.slots <= (most or 0) and not stale:
+            return
+        slots = size + max(16, size // 32)
+        if bounded and self.limit is not None:
+            slots = min(slots, self.limit)
+        past = self.read()
+        self.fields = tuple(f.detach().new_empty((*f.shape[:2], slots, *f.shape[3:])) for f in like)
+        for field, part in zip(self.fields, past, strict=False):
+            field[:, :, : self.size].copy_(part)
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """The View of the containers: fields `[B, Hk, S, *]`, read through their codecs.
+
+    Args:
+        run: attention, called as `regard.attend`.
+        live: this forward's own `k, v`, the last of those shown.
+        positions: of the keys, `[1|B, S]`; None: consecutive, unpadded, ending with the last query.
+    """
+
+    run: Attend
+    keys: Fields
+    values: Fields
+    key_codec: Codec | None
+    value_codec: Codec | None
+    live: tuple[Tensor, Tensor]
+    positions: Tensor | None
+
+    def attend(
+        self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `q [B, H, T, D]`: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        k = _read(self.keys, self.key_codec, self.live[0], q.dtype)
+        v = _read(self.values, self.value_codec, self.live[1], q.dtype)
+        out, lse = self.run(
+            q if self.key_codec is None else self.key_codec.query(q),
+            k,
+            v,
+            pattern=pattern,
+            scale=scale,
+            softcap=softcap,
+            q_positions=None if self.positions is None else step.queries(q.device),
+            k_positions=self.positions,
+        )
+        return out if self.value_codec is None else self.value_codec.output(out), lse
+
+
+def _read(fields: Fields, codec: Codec | None, live: Tensor, dtype: torch.dtype) -> Tensor:
+    if codec is None:
+        return fields[0]
+    x = codec.decode(fields, dtype)
+    if codec.straight is None or not (torch.is_grad_enabled() and live.requires_grad):
+        return x
+    own = codec.straight(live).to(dtype)
+    past = x.shape[2] - own.shape[2]
+    return torch.cat((x[:, :, :past], x[:, :, past:] + (own - own.detach())), dim=2)
+
+
+class Container:
+    """What the stores over one Buffer share. Keys and values are its fields, keys first.
+
+    Args:
+        attend: attention, called as `regard.attend`; given here because primitives lie below `ops`.
+        key_codec, value_codec: how vectors are written; None: as they come.
+        limit: see Buffer.
+    """
+
+    kind: str
+
+    def __init__(
+        self, attend: Attend, key_codec: Codec | None = None, value_codec: Codec | None = None, limit: int | None = None
+    ):
+        self.run, self.key_codec, self.value_codec = attend, key_codec, value_codec
+        self.buffer = Buffer(limit)
+        self.length = 0
+        self.state: dict[str, Tensor] = {}
+        self._split = 1
+
+    def write(self, k: Tensor, v: Tensor, step: Step) -> Fields:
+        """The fields of `k [B, Hk, T, D]`, `v [B, Hk, T, Dv]`, not yet stored.
+
+        Raises:
+            RegardError: `step` does not go on where this store ends, or its rows or heads are not those held.
+        """
+        if step.start != self.length:
+            raise RegardError(f"a forward from arrival {step.start} on met a store that ends at {self.length}")
+        for field in self.buffer.fields[:1]:
+            if field.shape[:2] != k.shape[:2]:
+                given, held = tuple(k.shape[:2]), tuple(field.shape[:2])
+                raise RegardError(f"{given} (rows, heads) were written to a store of {held}")
+        keys = written(k, self.key_codec)
+        self._split = len(keys)
+        return keys + written(v, self.value_codec)
+
+    def shown(self, fields: Fields, k: Tensor, v: Tensor, positions: Tensor | None) -> Shown:
+        """The View of `fields`, whose last tokens are `k`, `v`."""
+        keys, values = fields[: self._split], fields[self._split :]
+        return Shown(self.run, keys, values, self.key_codec, self.value_codec, (k, v), positions)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row `i` becomes the old row `rows[i]`; the number of rows may change."""
+        self.buffer.reorder(rows)
+        self.state = {name: x.index_select(0, rows.to(x.device)) for name, x in self.state.items()}
+
+    def reset(self) -> None:
+        """Forget everything and release the memory."""
+        self.buffer.crop(0)
+        self.state.clear()
+        self.length = 0
+
+    def storages(self) -> Iterator[Tensor]:
+        """Every tensor that keeps memory alive."""
+        yield from self.buffer.fields
+        yield from self.state.values()
+
+    @property
+    def capacity(self) -> dict[str, int]:
+        """Allocated token slots summed over heads."""
+        heads = self.buffer.fields[0].shape[1] if self.buffer.fields else 0
+        return {self.kind: self.buffer.slots * heads}
+
+    def checked(self, length: int) -> int:
+        """`length` if a crop may keep that many arrivals.
+
+        Raises:
+            RegardError: it is negative, or what later queries need before it is gone.
+        """
+        if length < 0:
+            raise RegardError(f"cannot crop to {length} arrivals; 0 forgets all of the {self.length} held")
+        if self.length - length > self.removable:
+            raise RegardError(
+                f"cannot forget the last {self.length - length} of {self.length} arrivals: earlier ones were already "
+                f"evicted, {self.removable} can be removed; call record() before the forwards a crop may undo"
+            )
+        return min(length, self.length)
+
+    @property
+    def removable(self) -> int:
+        """How many of the last arrivals a `crop` can forget now."""
+        return self.length

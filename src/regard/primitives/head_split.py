@@ -1,0 +1,130 @@
+"""The head-split store: KV heads in groups, each group in a store of its own."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import RegardError
+from regard.core.pattern import Pattern
+from regard.core.step import Step
+from regard.core.store import Store, View
+
+
+class HeadSplit:
+    """Shows several stores as one layer.
+
+    Args:
+        groups: `(KV heads, store)` pairs; together they name every KV head once.
+
+    Raises:
+        RegardError: a head is missing or named twice.
+    """
+
+    def __init__(self, groups: Sequence[tuple[Sequence[int], Store]]):
+        self.heads = [tuple(heads) for heads, _ in groups]
+        self.children = [store for _, store in groups]
+        named = [head for heads in self.heads for head in heads]
+        if not named or sorted(named) != list(range(len(named))):
+            raise RegardError(f"head groups must name each of the {len(named)} KV heads once, got {self.heads}")
+        self.state: dict[str, Tensor] = {}
+
+    @property
+    def length(self) -> int:
+        """Arrivals of the request so far."""
+        return self.children[0].length
+
+    @property
+    def removable(self) -> int:
+        """How many of the last arrivals a `crop` can forget now."""
+        return min(child.removable for child in self.children)
+
+    def append(self, k: Tensor, v: Tensor, step: Step) -> "SplitView":
+        """Write `k [B, Hk, T, D]`, `v [B, Hk, T, Dv]`, every group to its store.
+
+        Raises:
+            RegardError: `Hk` is not the number of heads in the groups.
+        """
+        count = sum(map(len, self.heads))
+        if k.shape[1] != count:
+            raise RegardError(f"{k.shape[1]} KV heads were written to a store split over {count}")
+        views = [
+            child.append(take(k, heads), take(v, heads), step)
+            for heads, child in zip(self.heads, self.children, strict=True)
+        ]
+        return SplitView(self.heads, views)
+
+    def record(self) -> None:
+        """Keep from now on, until the next `crop`, all that a `crop` may bring back."""
+        for child in self.children:
+            child.record()
+
+    def crop(self, length: int) -> None:
+        """Forget arrivals from `length` on, in all groups or, if one cannot, in none.
+
+        Raises:
+            RegardError: what is needed before `length` was already evicted.
+        """
+        # The group that can give back least refuses first, before any other is cropped.
+        for child in sorted(self.children, key=lambda child: child.removable):
+            child.crop(length)
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row `i` becomes the old row `rows[i]`; the number of rows may change."""
+        for child in self.children:
+            child.reorder(rows)
+        self.state = {name: x.index_select(0, rows.to(x.device)) for name, x in self.state.items()}
+
+    def reset(self) -> None:
+        """Forget everything and release the memory."""
+        for child in self.children:
+            child.reset()
+        self.state.clear()
+
+    def storages(self) -> Iterator[Tensor]:
+        """Every tensor that keeps memory alive."""
+        for child in self.children:
+            yield from child.storages()
+        yield from self.state.values()
+
+    @property
+    def capacity(self) -> dict[str, int]:
+        """Allocated token slots summed over heads, per kind of store."""
+        total: Counter[str] = Counter()
+        for child in self.children:
+            total.update(child.capacity)
+        return dict(total)
+
+
+class SplitView:
+    """The View of a HeadSplit: each group's queries go to its own view."""
+
+    def __init__(self, heads: Sequence[tuple[int, ...]], views: Sequence[View]):
+        self.heads, self.views = heads, views
+
+    def attend(
+        self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `q [B, H, T, D]`, `Hk` dividing `H`: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        group = q.shape[1] // sum(map(len, self.heads))
+        outs, lses, order = [], [], []
+        for heads, view in zip(self.heads, self.views, strict=True):
+            mine = [head * group + i for head in heads for i in range(group)]
+            out, lse = view.attend(
+                take(q, mine), pattern=pattern.select_heads(heads), step=step, scale=scale, softcap=softcap
+            )
+            outs.append(out)
+            lses.append(lse)
+            order += mine
+        out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return take(out, back), take(lse, back)
+
+
+def take(x: Tensor, heads: Sequence[int]) -> Tensor:
+    """Heads `heads` of `x [B, H, ...]`, in that order; a view where they are consecutive."""
+    first = heads[0]
+    if list(heads) == list(range(first, first + len(heads))):
+        return x if len(heads) == x.shape[1] else x[:, first : first + len(heads)]
+    return x.index_select(1, torch.tensor(heads, device=x.device))
