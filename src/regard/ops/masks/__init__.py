@@ -1,0 +1,1 @@
+"""Masks: which pairs are allowed, from positions and types alone. Verb: `allow(where, **options) -> Pattern`."""
