@@ -1,1 +1,1 @@
-"""Fits a mechanism on text: one file a fitted mechanism, under its stem."""
+"""Fitting mechanisms on text: one file a mechanism, its own stem, one function `fit`."""

@@ -5,6 +5,9 @@ same code serves a whole mask and FlexAttention's scalar `mask_mod`. Rules need 
 cuts at `0 <= k <= q` once, after the whole tree. Rules that hold tensors are equal only to themselves.
 """
 
+# Every `__call__` below is documented once, in `Rule`.
+# ruff: noqa: D102
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple

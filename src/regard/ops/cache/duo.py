@@ -32,8 +32,16 @@ CARD = Card(
     aliases=("duo_attention", "duoattention"),
     whole_layers=True,
     neutral={"sparsity": 0.0},
+    example={"sparsity": 0.5, "sink": 2, "recent": 5},
     options={
-        "gates": Option(kind="tensor", default=None, doc="[L, Hk] one gate a KV head, low gates stream"),
+        "gates": Option(
+            kind="tensor",
+            default=None,
+            shape=("layers", "kv_heads"),
+            low=0.0,
+            high=1.0,
+            doc="[L, Hk] one gate a KV head, low gates stream",
+        ),
         "sparsity": Option(
             kind="float",
             default=0.5,

@@ -37,6 +37,7 @@ CARD = Card(
     ),
     aliases=("sawint4", "int4", "kv_int4"),
     neutral={"key_bits": 16, "value_bits": 16},
+    example={"key_bits": 8, "value_bits": 4, "rotate_v": True},
     options={
         "key_bits": Option(
             default=4, choices=(4, 8, 16), search=(4, 8, 16), doc="bits of a key's number; 16: untouched"

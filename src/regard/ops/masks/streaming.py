@@ -23,6 +23,7 @@ CARD = Card(
     ),
     aliases=("streaming_llm", "attention_sinks", "streamingllm"),
     neutral={"window": None},
+    example={"sink": 2, "window": 5},
     options={
         "sink": Option(default=4, low=0, high=4096, search=(4, 16, 64), doc="first positions that every query may see"),
         "window": Option(

@@ -1,0 +1,95 @@
+"""Placements to Slots: what each layer will do differently, checked before any model is touched."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from regard import catalog
+from regard.adapters.families import Decoder
+from regard.core.errors import RegardError
+from regard.core.pattern import Pattern
+from regard.core.placement import Indices, Placement, Where
+from regard.core.slots import Slots
+from regard.core.store import Codec
+
+
+def bind(placements: Iterable[Placement], decoder: Decoder) -> tuple[Slots | None, ...]:
+    """One entry a layer: its Slots, or None where every mechanism placed there is at its neutral setting.
+
+    Raises:
+        RegardError: an unknown mechanism, option, layer or head; a missing trained tensor or one of another
+            shape; two placements that rewrite the same thing.
+    """
+    layers = [_Layer(decoder, index) for index in range(decoder.layers)]
+    for placement in placements:
+        entry = catalog.find(placement.stem)
+        options = catalog.fill_options(entry, {**placement.options, **placement.tensors})
+        if entry.card.whole_layers and placement.heads != "all":
+            raise RegardError(f"{entry.stem!r} decides over whole layers; drop heads={placement.heads!r}")
+        heads = _indices("head", placement.heads, decoder.kv_heads)
+        module = catalog.load(placement.stem)
+        for index in _indices("layer", placement.layers, decoder.layers):
+            where = Where(index, decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim)
+            for verb in entry.verbs:
+                layers[index].claim(verb, entry.stem, heads)
+                layers[index].take(verb, getattr(module, verb)(where, **options), heads)
+    return tuple(layer.slots() for layer in layers)
+
+
+class _Layer:
+    """The Slots of one layer in the making."""
+
+    def __init__(self, decoder: Decoder, index: int):
+        self.index, self.kv_heads = index, decoder.kv_heads
+        window = decoder.windows[index]
+        self.own = Pattern.causal() if window is None else Pattern.window(window)
+        self.patterns: list[list[Pattern]] = [[] for _ in range(self.kv_heads)]
+        self.key_codec: list[Codec | None] = [None] * self.kv_heads
+        self.value_codec: list[Codec | None] = [None] * self.kv_heads
+        self.claims: dict[tuple[str, int], str] = {}
+
+    def claim(self, verb: str, stem: str, heads: tuple[int, ...]) -> None:
+        """Masks intersect; one `keep` and one `encode` a head, and no mechanism twice."""
+        for head in heads:
+            name = f"{verb} of {stem}" if verb == "allow" else verb
+            other = self.claims.setdefault((name, head), stem)
+            if other != stem or self.claims.get((name, -1 - head)):
+                both = repr(stem) if other == stem else f"{other!r} and {stem!r}"
+                raise RegardError(
+                    f"two placements rewrite the same thing: {both} both {verb} layer {self.index} head {head}; "
+                    "place them on different layers or heads"
+                )
+            self.claims[(name, -1 - head)] = stem
+
+    def take(self, verb: str, made: Any, heads: tuple[int, ...]) -> None:
+        for head in heads:
+            if verb == "encode":
+                self.key_codec[head], self.value_codec[head] = made
+            else:
+                self.patterns[head].append(made.head(head))
+
+    def slots(self) -> Slots | None:
+        heads = []
+        for patterns in self.patterns:
+            pattern = self.own
+            for other in patterns:
+                if not other.is_causal:
+                    pattern = other if pattern.is_causal else pattern & other
+            heads.append(pattern)
+        restricted = any(not p.is_causal for patterns in self.patterns for p in patterns)
+        encoded = any(codec is not None for codec in (*self.key_codec, *self.value_codec))
+        if not restricted and not encoded:
+            return None
+        same = all(pattern == heads[0] for pattern in heads)
+        pattern = heads[0] if same else Pattern.stack_heads(heads)
+        return Slots(pattern, tuple(self.key_codec), tuple(self.value_codec))
+
+
+def _indices(kind: str, written: Indices, count: int) -> tuple[int, ...]:
+    if written == "all":
+        return tuple(range(count))
+    for index in written:
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < count:
+            raise RegardError(f"{kind} {index!r} is out of range; this model has {count} ({kind}s 0 to {count - 1})")
+    if len(set(written)) != len(written):
+        raise RegardError(f"{kind}s {list(written)} name one twice")
+    return tuple(written)

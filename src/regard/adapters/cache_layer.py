@@ -1,0 +1,123 @@
+"""Any Store, shown to transformers as one layer of its cache."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from regard.core.errors import RegardError
+from regard.core.pattern import Pattern
+from regard.core.step import Step
+from regard.core.store import Store, View
+
+
+class StoreView:
+    """What `update` returns in place of keys and values: the store's view with this forward's step."""
+
+    def __init__(self, view: View, pattern: Pattern, step: Step):
+        self._view, self._pattern, self._step = view, pattern, step
+
+    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+        """Attention of `q [B, H, T, D]`: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        return self._view.attend(q, pattern=self._pattern, step=self._step, scale=scale, softcap=softcap)
+
+
+class StoreLayer(CacheLayerMixin):
+    """A transformers cache layer that keeps nothing itself: `store` does.
+
+    It reports the request's logical length, and the mask sizes of the layer it stands for, so that
+    positions and the masks of layers that are not attached stay as they were.
+
+    Args:
+        recipe: digest of the placements it was made under.
+        window: the sliding window of the layer it stands for, None if that layer saw everything.
+    """
+
+    is_croppable = True
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self, store: Store, pattern: Pattern, recipe: str, window: int | None):
+        super().__init__()
+        self.store, self.pattern, self.recipe, self.sliding_window = store, pattern, recipe, window
+        self.is_sliding = window is not None
+        self.step: Step | None = None
+        self.record_past = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Stores allocate when first written."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Write `key_states`, `value_states [B, Hk, T, *]`; the returned view takes their place."""
+        if self.step is None:
+            raise RegardError(f"this cache was made under recipe {self.recipe}; attach that recipe to go on with it")
+        view = StoreView(self.store.append(key_states, value_states, self.step), self.pattern, self.step)
+        self.is_initialized = True
+        return view, view
+
+    def get_seq_length(self) -> int:
+        """The request's logical length, however little is held."""
+        return self.store.length
+
+    def get_max_length(self) -> int:
+        """As the layer it stands for: its window, or -1 for no bound."""
+        return self.sliding_window if self.sliding_window is not None else -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As the layer it stands for: keys it would return, and the arrival of the first."""
+        held = self.store.length
+        if self.sliding_window is None:
+            return held + query_length, 0
+        kept = min(held, self.sliding_window - 1)
+        return kept + query_length, held - kept
+
+    def activate_past_recording(self) -> None:
+        """Keep what the next `crop` may bring back."""
+        self.record_past = True
+        self.store.record()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17)."""
+        length = self.store.length
+        self.store.crop(length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length))
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.reset()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row `i` becomes the old row `beam_idx[i]`."""
+        self.store.reorder(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows."""
+        rows = _rows(self.store)
+        if rows is not None:
+            self.store.reorder(torch.arange(rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` names (numbers or a bool mask)."""
+        rows = indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices
+        self.store.reorder(rows)
+
+    def offload(self) -> None:
+        """Refused.
+
+        Raises:
+            RegardError: always.
+        """
+        raise RegardError("a cache with offloading=True holds no regard stores; use a plain DynamicCache")
+
+    prefetch = offload
+
+    def storages(self) -> Iterator[Tensor]:
+        """Every tensor of the store that keeps memory alive."""
+        return self.store.storages()
+
+
+def _rows(store: Store) -> int | None:
+    first = next(store.storages(), None)
+    return None if first is None else first.shape[0]

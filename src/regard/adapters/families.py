@@ -1,0 +1,160 @@
+"""Where the parts of a model stand: families as data, and recognition by structure for all others.
+
+A family differs from another only in names. What is asked of any model is that it holds one stack of
+decoder layers, each with one causal self-attention module that knows its `layer_idx` and looks its
+attention function up in the transformers registry.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regard.core.errors import RegardError
+
+REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names inside the decoder: its layer list, and the self-attention module of a layer."""
+
+    layers: str = "layers"
+    attention: str = "self_attn"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "phi3": Family(),
+    "olmo2": Family(),
+    "granite": Family(),
+    "smollm3": Family(),
+    "mixtral": Family(),
+    "qwen3_moe": Family(),
+    "qwen2_5_vl_text": Family(),
+    "gpt_neox": Family(attention="attention"),
+    "gpt2": Family(layers="h", attention="attn"),
+}
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The opened model: its decoder module, its attention modules in order, and their shape."""
+
+    module: nn.Module
+    family: str
+    attentions: tuple[nn.Module, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+
+    @property
+    def config(self) -> Any:
+        """The decoder's config."""
+        return self.module.config
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.attentions)
+
+
+def uses_registry(attention: nn.Module) -> bool:
+    """Whether this module's own file looks attention functions up in the transformers registry."""
+    return any(hasattr(sys.modules.get(cls.__module__), REGISTRY) for cls in type(attention).__mro__[:2])
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and getattr(module, "is_causal", False) is True
+        and not getattr(module, "is_cross_attention", False)
+        and uses_registry(module)
+    )
+
+
+def _stack(owner: nn.Module, layers: nn.ModuleList, family: Family | None) -> tuple[nn.Module, ...] | None:
+    found = []
+    for index, layer in enumerate(layers):
+        if family is not None:
+            inside = [part] if (part := getattr(layer, family.attention, None)) is not None else []
+        else:
+            inside = [part for part in layer.modules() if _is_attention(part)]
+        if len(inside) != 1 or getattr(inside[0], "layer_idx", None) != index:
+            return None
+        found.append(inside[0])
+    return tuple(found) or None
+
+
+def _stacks(model: nn.Module) -> list[tuple[nn.Module, str, tuple[nn.Module, ...]]]:
+    stacks = []
+    for owner in model.modules():
+        kind = getattr(getattr(owner, "config", None), "model_type", "")
+        family = FAMILIES.get(kind)
+        for name, child in owner.named_children():
+            if isinstance(child, nn.ModuleList) and hasattr(owner, "config"):
+                known = family if family is not None and name == family.layers else None
+                attentions = _stack(owner, child, known)
+                if attentions and all(map(_is_attention, attentions)):
+                    stacks.append(
+                        (owner, kind if known else f"{kind or type(owner).__name__} (by structure)", attentions)
+                    )
+    return stacks
+
+
+def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
+    from transformers import DynamicCache
+
+    cache_layers = DynamicCache(config=config).layers
+    if len(cache_layers) != layers:
+        raise RegardError(f"the config plans {len(cache_layers)} cache layers for {layers} attention layers")
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    odd = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if odd:
+        raise RegardError(
+            f"layers of type {', '.join(odd)} are not opened yet; known: full_attention, sliding_attention"
+        )
+    return tuple(getattr(layer, "sliding_window", None) for layer in cache_layers)
+
+
+def open_decoder(model: nn.Module) -> Decoder:
+    """Find the decoder of `model` (wrapped by PEFT, or inside a vision-language model, or bare).
+
+    Raises:
+        RegardError: the model has no such stack, or several, or shares keys between layers; the message
+            says what was looked for and not found.
+    """
+    stacks = _stacks(model)
+    if len(stacks) != 1:
+        found = ", ".join(type(owner).__name__ for owner, _, _ in stacks) or "none"
+        raise RegardError(
+            f"{type(model).__name__} was not recognised: looked for one list of decoder layers, each with one causal "
+            f"self-attention module with a layer_idx that uses transformers' {REGISTRY}; found {found}"
+        )
+    module, family, attentions = stacks[0]
+    config = module.config
+    if any(getattr(part, "is_kv_shared_layer", False) for part in attentions):
+        raise RegardError(f"{type(model).__name__} shares keys and values between layers, which is not opened yet")
+    heads = config.num_attention_heads
+    groups = {int(getattr(part, "num_key_value_groups", 1)) for part in attentions}
+    if len(groups) != 1:
+        raise RegardError(
+            f"layers of {type(model).__name__} differ in their number of key heads: groups {sorted(groups)}"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return Decoder(
+        module=module,
+        family=family,
+        attentions=attentions,
+        heads=heads,
+        kv_heads=heads // groups.pop(),
+        head_dim=head_dim,
+        windows=_windows(config, len(attentions)),
+    )

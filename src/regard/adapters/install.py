@@ -1,0 +1,150 @@
+"""Installing placements into a model, and undoing it without a trace."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.adapters import seam
+from regard.adapters.bind import bind
+from regard.adapters.cache_layer import StoreView
+from regard.adapters.families import Decoder, open_decoder
+from regard.adapters.memory import live_bytes
+from regard.adapters.requests import Requests
+from regard.core.errors import RegardError
+from regard.core.placement import Placement
+from regard.core.slots import Slots
+
+
+def install(
+    model: nn.Module, placements: Sequence[Placement], fits: Callable[[Decoder], None] | None = None
+) -> "Handle":
+    """Put `placements` into `model`; everything is checked before the model is touched.
+
+    Args:
+        model: any transformers model with one causal decoder inside.
+        placements: what goes where.
+        fits: a further check of the opened decoder, which raises if the model is the wrong one.
+
+    Returns:
+        A Handle, also a context manager, whose `detach` leaves the model as it was.
+
+    Raises:
+        RegardError: the model or a placement cannot be served; the model is untouched.
+    """
+    decoder = open_decoder(model)
+    if fits is not None:
+        fits(decoder)
+    if any(seam.seated(part) for part in decoder.attentions):
+        raise RegardError(f"{type(model).__name__} is attached already; detach it first")
+    implementation = decoder.config._attn_implementation or "eager"
+    for part in decoder.attentions:
+        seam.own_attention(part, implementation)
+    return Handle(model, decoder, bind(placements, decoder), implementation, digest(placements))
+
+
+def digest(placements: Iterable[Placement]) -> str:
+    """A short name of what `placements` say, trained tensors included; equal placements have equal digests."""
+    told = hashlib.sha256()
+    for place in placements:
+        told.update(repr((place.stem, place.layers, place.heads, sorted(place.options.items()))).encode())
+        for name, tensor in sorted(place.tensors.items()):
+            flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            told.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + flat.numpy().tobytes())
+    return told.hexdigest()[:12]
+
+
+class Handle:
+    """An attached model. Leaving the `with` block, or `detach()`, leaves the model as it was.
+
+    Caches made while attached belong to its recipe: they cannot be read under another one.
+    """
+
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, slots: tuple[Slots | None, ...], implementation: str, recipe: str
+    ):
+        self.model, self.decoder, self.slots, self.digest = model, decoder, slots, recipe
+        self._implementation = implementation
+        self._requests = Requests(decoder, decoder.config, slots, recipe)
+        self._surgery = seam.Surgery()
+        try:
+            self._install()
+        except BaseException:
+            self._surgery.restore()
+            raise
+
+    def _install(self) -> None:
+        surgery, module = self._surgery, self.decoder.module
+        runs = [None if slots is None else _from_store for slots in self.slots]
+        seats = [seam.Seat(index, self._implementation, run) for index, run in enumerate(runs)]
+        surgery.seat(module, self.decoder.attentions, seats)
+        if any(self.slots):
+            surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            surgery.hook(module.register_forward_hook(lambda *_: self._requests.end(), always_call=True))
+            for part in self.model.modules():
+                if hasattr(part, "generate") and hasattr(part, "prepare_inputs_for_generation"):
+                    surgery.set(part, "generate", self._requests.generating(part.generate))
+
+    def detach(self) -> None:
+        """Leave the model as it was before.
+
+        Raises:
+            RegardError: it is detached already.
+        """
+        if not self._surgery:
+            raise RegardError(f"{type(self.model).__name__} is not attached; it was detached already")
+        self._surgery.restore()
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._surgery.restore()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the live storages of every cache made under this handle and still alive."""
+        return sum(live_bytes(cache) for cache in self._requests.prompts)
+
+    def responding(self) -> AbstractContextManager[None]:
+        """Rows of forwards inside are response rows, as those that `generate` adds are; others are prompt rows."""
+        return self._requests.responding()
+
+    def explain(self) -> str:
+        """What runs in each layer, equal layers together."""
+        lines = [f"{type(self.model).__name__}: family {self.decoder.family}, own attention {self._implementation}"]
+        said = [f"own attention ({self._implementation})" if slots is None else str(slots) for slots in self.slots]
+        start = 0
+        for stop in range(1, len(said) + 1):
+            if stop == len(said) or said[stop] != said[start]:
+                span = f"layer {start}" if stop - start == 1 else f"layers {start}-{stop - 1}"
+                lines.append(f"{span}: {said[start]}")
+                start = stop
+        return "\n".join(lines)
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if torch.compiler.is_compiling():
+            raise RegardError("torch.compile of a model with mechanisms attached is not supported; run it eagerly")
+        names = list(inspect.signature(type(module).forward).parameters)[1:]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if given.get("output_attentions"):
+            raise RegardError("output_attentions asks for weights, which attached layers never build")
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            raise RegardError("gradient checkpointing runs layers twice, which stores cannot; switch it off")
+        tokens = given.get("input_ids")
+        tokens = given["inputs_embeds"] if tokens is None else tokens
+        given["past_key_values"] = self._requests.begin(
+            tokens, given.get("past_key_values"), given.get("attention_mask")
+        )
+        return (), given
+
+
+def _from_store(call: seam.Call) -> Tensor:
+    if not isinstance(call.key, StoreView):
+        raise RegardError(f"layer {call.seat.layer} got keys around its store; a mechanism there would be bypassed")
+    call.refuse_extras()
+    return call.key.attend(call.query, scale=call.scale, softcap=call.softcap)[0]

@@ -1,0 +1,48 @@
+"""Bytes of a cache as they are: live storages, each counted once, whatever views share them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from regard.adapters.cache_layer import StoreLayer
+from regard.adapters.families import open_decoder
+
+
+def tensors(cache: Any) -> Iterator[Tensor]:
+    """Every tensor a transformers cache keeps alive, attached or not."""
+    for layer in cache.layers:
+        if isinstance(layer, StoreLayer):
+            yield from layer.storages()
+        else:
+            yield from (part for part in vars(layer).values() if isinstance(part, Tensor) and part.ndim == 4)
+
+
+def live_bytes(cache: Any, raw_itemsize: int | None = None) -> int:
+    """Bytes of the live storages behind `cache`, each counted once.
+
+    Args:
+        cache: a transformers cache.
+        raw_itemsize: bytes to count for one element of keys and values stored as they come. None counts
+            what is allocated; 2 says what the same cache takes in a bf16 model (codes and scales stay).
+    """
+    seen: dict[int, int] = {}
+    for tensor in tensors(cache):
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        if raw_itemsize is not None and is_raw(tensor):
+            size = size // tensor.element_size() * raw_itemsize
+        seen[storage.data_ptr()] = size
+    seen.pop(0, None)
+    return sum(seen.values())
+
+
+def is_raw(tensor: Tensor) -> bool:
+    """Whether `tensor [B, Hk, S, D]` holds keys or values as they come: floats, and not one scale a vector."""
+    return tensor.is_floating_point() and tensor.ndim == 4 and tensor.shape[-1] > 2
+
+
+def dense_bytes(model: nn.Module, batch: int, length: int, itemsize: int = 2) -> int:
+    """Bytes of the keys and values of `length` tokens in every layer, all heads, `itemsize` bytes a number (bf16)."""
+    decoder = open_decoder(model)
+    return 2 * batch * length * decoder.layers * decoder.kv_heads * decoder.head_dim * itemsize

@@ -1,0 +1,208 @@
+"""The one name regard registers with transformers while any model is attached, and what stands behind it.
+
+transformers asks two questions under one name: which mask (once a forward) and which attention (once a
+layer). The mask answer is a light object that builds the model's own mask only if some layer still
+runs the model's own attention; attached layers need no mask tensor at all.
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+from regard.core.errors import RegardError
+
+NAME = "regard"
+
+
+@dataclass(eq=False)
+class Seat:
+    """One attention module of an attached model.
+
+    Args:
+        layer: its index.
+        implementation: the attention its model had before.
+        run: what answers in place of the model's own attention, `out [B, H, T, Dv]`; None: its own does.
+    """
+
+    layer: int
+    implementation: str
+    run: "Callable[[Call], Tensor] | None" = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One layer's question for attention, as transformers put it."""
+
+    module: nn.Module
+    seat: Seat
+    query: Tensor
+    key: Any
+    value: Any
+    mask: Any
+    arguments: dict[str, Any]
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        scaling = self.arguments.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    @property
+    def softcap(self) -> float | None:
+        """The soft cap on scores, where the model's own attention has one: sdpa drops it silently."""
+        return None if self.seat.implementation == "sdpa" else self.arguments.get("softcap")
+
+    def own(self) -> tuple[Tensor, Tensor | None]:
+        """The model's own answer, `(out [B, T, H, Dv], weights or None)`."""
+        mask, seat = self.mask, self.seat
+        if isinstance(mask, Mask):
+            mask = mask.dense(seat.implementation, self.query.device)
+        attention = own_attention(self.module, seat.implementation)
+        return attention(self.module, self.query, self.key, self.value, mask, **self.arguments)
+
+    def refuse_extras(self) -> None:
+        """Raise if the model asks for more than causal attention with a sliding window, padding and a soft cap.
+
+        Raises:
+            RegardError: dropout, learned biases or sink logits, a prepared 4-D mask, or another mask.
+        """
+        if dropout := self.arguments.get("dropout"):
+            raise RegardError(
+                f"attention dropout {dropout} is not run by regard; set the model's attention_dropout to 0"
+            )
+        for name in ("position_bias", "s_aux"):
+            if self.arguments.get(name) is not None:
+                raise RegardError(f"layer {self.seat.layer} adds {name} to its scores, which is not opened yet")
+        if isinstance(self.mask, Tensor):
+            raise RegardError("a prepared 4-D attention mask reached an attached layer; pass a 2-D padding mask")
+        if isinstance(self.mask, Mask) and (why := self.mask.deviation()):
+            raise RegardError(
+                f"layer {self.seat.layer} was given {why}; attached layers run causal and sliding masks only"
+            )
+
+
+_SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
+
+
+class Mask:
+    """The model's own mask, built when first asked for; `arguments` are transformers' own."""
+
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments
+        self._dense: Any = None
+        self._built = False
+
+    def dense(self, implementation: str, device: torch.device) -> Any:
+        """What `implementation`'s own mask function returns, on `device`."""
+        if not self._built:
+            self._dense = ALL_MASK_ATTENTION_FUNCTIONS[implementation](**self.arguments)
+            self._built = True
+        return self._dense.to(device) if isinstance(self._dense, Tensor) else self._dense
+
+    def deviation(self) -> str | None:
+        """Why this mask is more than causal, sliding window and padding; None if it is not."""
+        function = self.arguments["mask_function"]
+        if function is causal_mask_function:
+            return None
+        parts = _closure(function).get("mask_functions", ())
+        names = [getattr(part, "__qualname__", "?").split(".")[0] for part in parts]
+        if names == ["sliding_window_overlay", "causal_mask_function"]:
+            return None
+        return f"a mask made of {', '.join(names) or function.__qualname__}"
+
+
+def _closure(function: Callable[..., Any]) -> dict[str, Any]:
+    names = function.__code__.co_freevars
+    cells = function.__closure__ or ()
+    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+
+
+def _mask_function(**arguments: Any) -> Mask:
+    return Mask(arguments)
+
+
+def _attention_function(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    seat = _SEATS.get(module)
+    if seat is None:
+        raise RegardError(
+            f"{type(module).__name__} asks for attention {NAME!r} but belongs to no attached model "
+            "(a deep copy of one?); detach before copying a model"
+        )
+    call = Call(module, seat, query, key, value, attention_mask, kwargs)
+    if seat.run is None:
+        return call.own()
+    return seat.run(call).transpose(1, 2).contiguous(), None
+
+
+def own_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The function `module` itself would call under `implementation`."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]
+    for cls in type(module).__mro__:
+        eager = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager
+    raise RegardError(f"{type(module).__name__} has no eager_attention_forward beside it; load the model with sdpa")
+
+
+def seated(module: nn.Module) -> bool:
+    """Whether `module` belongs to an attached model."""
+    return module in _SEATS
+
+
+class Surgery:
+    """Changes to a model's attributes and to the registries, undone in reverse order by `restore`."""
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], Any]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._undo)
+
+    def seat(self, decoder: nn.Module, attentions: Sequence[nn.Module], seats: Sequence[Seat]) -> None:
+        """Make `attentions` of `decoder` ask regard; the registry entries come with the first seat."""
+        # A copy, because models may share one config object; not through the setter, because that would
+        # switch sub-configs too.
+        config = copy.copy(decoder.config)
+        config._attn_implementation_internal = NAME
+        for module, place in zip(attentions, seats, strict=True):
+            if not _SEATS:
+                AttentionInterface.register(NAME, _attention_function)
+                AttentionMaskInterface.register(NAME, _mask_function)
+            _SEATS[module] = place
+            self._undo.append(partial(_unseat, module))
+            self.set(module, "config", config)
+        self.set(decoder, "config", config)
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set attribute `name` of `module` itself."""
+        own = vars(module)
+        self._undo.append(partial(own.__setitem__, name, own[name]) if name in own else partial(own.pop, name))
+        own[name] = value
+
+    def hook(self, handle: Any) -> None:
+        """Remember a torch hook, to be removed."""
+        self._undo.append(handle.remove)
+
+    def restore(self) -> None:
+        """Undo everything."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def _unseat(module: nn.Module) -> None:
+    del _SEATS[module]
+    if not _SEATS:
+        del AttentionInterface._global_mapping[NAME]
+        del AttentionMaskInterface._global_mapping[NAME]

@@ -1,0 +1,52 @@
+"""What a mechanism file says of itself: one frozen literal, read without importing the file."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Saving = Literal["none", "compute", "memory"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a mechanism: its default, its legal values and what it means.
+
+    `low`/`high` bound numbers (inclusive); `choices` lists the only legal values; `search` lists the
+    values a search tries (none: the search leaves the default). `optional` also allows None.
+    `kind` "tensor" marks a trained tensor, which travels in `recipe.safetensors`; `shape` names its axes
+    as `Where` does, `("layers", "kv_heads")`, and its values lie in `[low, high]`.
+    """
+
+    default: Any
+    doc: str
+    kind: Literal["int", "float", "bool", "str", "tensor"] = "int"
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[Any, ...] = ()
+    search: tuple[Any, ...] = ()
+    optional: bool = False
+    shape: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """A mechanism's card.
+
+    `neutral` holds the options under which the mechanism is bit-identical to the model's own attention
+    (None: it has no such setting), `example` options small enough to show it at work on a short text (the
+    contract tests run them). `oracles` says what the file was checked against. `whole_layers`
+    forbids a choice of heads.
+    """
+
+    title: str
+    arxiv: str | None
+    sheet: int | None
+    implements: str
+    exact: bool
+    saving: Saving
+    departures: tuple[str, ...] = ()
+    oracles: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    whole_layers: bool = False
+    neutral: dict[str, Any] | None = None
+    example: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Option] = field(default_factory=dict)

@@ -1,0 +1,100 @@
+"""What a cache layer holds: the protocol every store keeps, and the codec of its numbers."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from regard.core.pattern import Pattern
+from regard.core.step import Step
+
+Fields = tuple[Tensor, ...]
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class Codec:
+    """How vectors are written to a store and read back, one token and head at a time.
+
+    `encode(x [B, Hk, T, D]) -> fields`, each `[B, Hk, T, *]`; `decode(fields, dtype) -> [B, Hk, T, D]`,
+    possibly in a rotated basis: then `query` brings queries into the basis of decoded keys, and
+    `output` brings attention outputs back from the basis of decoded values. Encoding a token never
+    looks at another token, so chunked writes equal one batched write. `straight(x)` is what decoding
+    would give were nothing rounded: gradients flow through it (straight-through); None: they stop.
+    """
+
+    name: str
+    encode: Callable[[Tensor], Fields]
+    decode: Callable[[Fields, torch.dtype], Tensor]
+    query: Callable[[Tensor], Tensor] = _same
+    output: Callable[[Tensor], Tensor] = _same
+    straight: Callable[[Tensor], Tensor] | None = None
+
+
+class View(Protocol):
+    """What a store holds for the queries of one forward; dropped when the layer is done."""
+
+    def attend(
+        self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `q [B, H, T, D]` over what the store holds: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        ...
+
+
+class Store(Protocol):
+    """One layer's keys and values. Batch rows come first in every tensor it holds.
+
+    `length` is the request's logical length in arrivals, however little is held. `state` holds a
+    mechanism's own batch-first tensors (decisions, counters, rings); it follows `reorder`, `repeat`,
+    `select` and `reset` with the rest.
+    """
+
+    state: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        """Arrivals of the request so far."""
+        ...
+
+    @property
+    def removable(self) -> int:
+        """How many of the last arrivals a `crop` can forget now."""
+        ...
+
+    def append(self, k: Tensor, v: Tensor, step: Step) -> View:
+        """Write `k [B, Hk, T, D]`, `v [B, Hk, T, Dv]` and return what this forward's queries read."""
+        ...
+
+    def record(self) -> None:
+        """Keep from now on, until the next `crop`, all that a `crop` may bring back."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget arrivals from `length` on.
+
+        Raises:
+            RegardError: what is needed before `length` was already evicted.
+        """
+        ...
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row `i` becomes the old row `rows[i]` (beams, selection); the number of rows may change."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything and release the memory."""
+        ...
+
+    def storages(self) -> Iterator[Tensor]:
+        """Every tensor that keeps memory alive."""
+        ...
+
+    @property
+    def capacity(self) -> dict[str, int]:
+        """Allocated token slots summed over heads, per kind of store: `{"full": ..., "ring": ...}`."""
+        ...

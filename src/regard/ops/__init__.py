@@ -1,0 +1,1 @@
+"""Exact attention, and one folder a site for the papers' mechanisms."""

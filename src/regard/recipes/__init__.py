@@ -1,0 +1,1 @@
+"""Recipes: what goes where, frozen, checked, saved."""

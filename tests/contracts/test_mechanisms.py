@@ -1,0 +1,82 @@
+"""What every mechanism of the catalog promises on every family."""
+
+import pytest
+import torch
+
+import regard
+from contracts.decoding import at_once, forced, generated, prompts, ways
+from contracts.replay import everything_kept, record_codes, replay_codes
+from contracts.subjects import MECHANISMS, example
+from families import FAMILIES, tiny
+from regard.adapters.families import open_decoder
+
+SUBJECTS = [pytest.param(stem, family, id=f"{stem}-{family}") for stem in MECHANISMS for family in FAMILIES]
+CUTS = {"token by token": list(range(21, 35)), "chunks": [6, 7, 16, 21, 30], "odd": [1, 2, 20]}
+
+
+@pytest.mark.parametrize(("stem", "family"), SUBJECTS)
+def test_cached_decoding_replays_as_one_full_forward(stem, family):
+    model = tiny(family)
+    recipe = example(stem, open_decoder(model))
+    ids, mask = prompts(length=36)
+    for cuts in CUTS.values():
+        tape = {}
+        with regard.attach(model, recipe) as handle:
+            record_codes(handle, tape)
+            cached = forced(model, ids, mask, cuts)
+        with everything_kept(), regard.attach(model, recipe) as handle:
+            replay_codes(handle, tape)
+            full = at_once(model, ids, mask)
+        real = mask.bool()
+        torch.testing.assert_close(cached[real], full[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("stem", "family"), SUBJECTS)
+def test_a_padded_batch_equals_single_runs(stem, family):
+    model = tiny(family).double()
+    ids, mask = prompts(rows=3, length=30, padding=7)
+    with regard.attach(model, example(stem, open_decoder(model))):
+        together = forced(model, ids, mask, [11, 29])
+        for row, pad in enumerate([7, 0, 0]):
+            alone = forced(model, ids[row : row + 1, pad:], mask[row : row + 1, pad:], [11 - pad, 29 - pad])
+            torch.testing.assert_close(together[row : row + 1, pad:], alone, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("stem", "family"), SUBJECTS)
+def test_every_way_of_generating_equals_its_definition(stem, family):
+    model = tiny(family).double()
+    recipe = example(stem, open_decoder(model))
+    for way in ways(model):
+        with regard.attach(model, recipe):
+            real = generated(model, way)
+        with everything_kept(), regard.attach(model, recipe):
+            assert torch.equal(generated(model, way), real), way
+    with regard.attach(model, recipe):
+        lookup = generated(model, "prompt lookup")
+        assert torch.equal(generated(model, "greedy", rows=1, padding=0), lookup)
+
+
+@pytest.mark.parametrize("stem", MECHANISMS)
+def test_a_saved_recipe_applies_again(stem, tmp_path):
+    model = tiny("llama")
+    recipe = example(stem, open_decoder(model)).made_for(model)
+    recipe.save(tmp_path / "recipe.yaml")
+    again = regard.Recipe.load(tmp_path / "recipe.yaml")
+    assert again.digest == recipe.digest
+    assert again.shape == recipe.shape
+    ids, mask = prompts()
+    with regard.attach(model, recipe):
+        first = at_once(model, ids, mask)
+    with regard.attach(model, again):
+        assert torch.equal(at_once(model, ids, mask), first)
+
+
+@pytest.mark.parametrize("stem", MECHANISMS)
+def test_gradients_reach_the_weights(stem):
+    model = tiny("llama").train()
+    ids, mask = prompts()
+    with regard.attach(model, example(stem, open_decoder(model))):
+        model(input_ids=ids, attention_mask=mask, labels=ids).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert 0 < float(parameter.grad.abs().sum()) < float("inf"), name
