@@ -22,6 +22,7 @@ from regard.primitives.sweep import sweep, visible
 __all__ = ["attend", "choose", "merge"]
 
 Part = tuple[Tensor, Tensor]
+BACKENDS = ("auto", "reference", "sdpa")
 
 
 def choose(
@@ -38,7 +39,8 @@ def choose(
     Raises:
         RegardError: no such backend, or a named one refuses the call; the message says why.
     """
-    one_of("backend", backend, ("auto", "reference", "sdpa"))
+    if backend not in BACKENDS:
+        one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
     if 0 in (*q.shape, k.shape[2]):
@@ -90,7 +92,8 @@ def attend(
     Raises:
         RegardError: shapes or head counts disagree, a named backend refuses, or a row is empty under "raise".
     """
-    one_of("choice for empty rows", empty, ("zero", "raise"))
+    if empty not in ("zero", "raise"):
+        one_of("choice for empty rows", empty, ("zero", "raise"))
     _check(q, k, v, pattern, bias, causal, q_positions, k_positions)
     name, _ = choose(q, k, v, bias=bias, softcap=softcap, backend=backend)
     if pattern is None and causal:
@@ -98,6 +101,14 @@ def attend(
     aligned = q_positions is None and k_positions is None
     rows, keys = q.shape[2], k.shape[2]
     call = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    if aligned and name == "sdpa" and pattern is not None:
+        rules = tuple(Causal() if covers(rule, keys) else rule for rule in pattern.rules)
+        pattern = Pattern(rules, pattern.heads)
+    if aligned and name == "sdpa" and bias is None:
+        # First of all, so that plain decoding costs what `scaled_dot_product_attention` costs.
+        plain = _plain(q, k, v, pattern, call)
+        if plain is not None:
+            return plain
     q_pos = torch.arange(keys - rows, keys, device=q.device)[None] if q_positions is None else q_positions
     k_pos = torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
     if backend == "reference" or 0 in (*q.shape, keys):
@@ -105,9 +116,6 @@ def attend(
     elif pattern is None:
         out, lse = _group(name, q, k, v, None, q_pos, k_pos, bias, aligned, call)
     else:
-        if aligned:
-            rules = tuple(Causal() if covers(rule, keys) else rule for rule in pattern.rules)
-            pattern = Pattern(rules, pattern.heads)
         out, lse = _by_heads(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
     if empty == "raise" and bool((lse == -torch.inf).any()):
         row = (lse == -torch.inf).nonzero()[0].tolist()
@@ -126,18 +134,19 @@ def _check(
     k_positions: Tensor | None,
 ) -> None:
     """Raise RegardError for arguments that do not belong together."""
-    shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
-    if not q.dim() == k.dim() == v.dim() == 4:
-        raise RegardError(f"q, k, v must be [B, heads, length, head dimension], got {shapes}")
-    if not (q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):
-        raise RegardError(f"q [B, H, T, D], k [B, Hk, S, D] and v [B, Hk, S, Dv] disagree: {shapes}")
+    four = q.dim() == k.dim() == v.dim() == 4
+    if not (four and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):
+        raise RegardError(
+            "q [B, H, T, D], k [B, Hk, S, D] and v [B, Hk, S, Dv] disagree: "
+            f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
+        )
     group_size(q, k)
     if pattern is not None and not causal:
         raise RegardError("patterns are causal; causal=False goes with pattern=None")
     if pattern is not None and pattern.heads not in (None, k.shape[1]):
         raise RegardError(f"a pattern of {pattern.heads} heads for {k.shape[1]} key heads")
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if bias is not None:
+        full = (*q.shape[:3], k.shape[2])
         padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
         fits = len(padded) == 4 and all(n in (1, m) for n, m in zip(padded, full, strict=True))
         if not fits or not bias.is_floating_point():
@@ -152,9 +161,9 @@ def _check(
                 f"k_positions must be [1 or B, {k.shape[2]}] or [1 or B, {k.shape[1]}, {k.shape[2]}], "
                 f"got {list(k_positions.shape)}"
             )
-    for name, positions in (("q_positions", q_positions), ("k_positions", k_positions)):
+    for positions in (q_positions, k_positions):
         if positions is not None and positions.shape[0] not in (1, q.shape[0]):
-            raise RegardError(f"{name} has {positions.shape[0]} rows for a batch of {q.shape[0]}")
+            raise RegardError(f"positions of {positions.shape[0]} rows for a batch of {q.shape[0]}")
 
 
 def _by_heads(
@@ -212,17 +221,29 @@ def _group(
     aligned: bool,
     call: dict[str, Any],
 ) -> Part:
-    rows, keys = q.shape[2], k.shape[2]
     if name == "sdpa" and aligned and bias is None:
-        if pattern is None or (pattern.is_causal and rows == 1):
-            return fused(q, k, v, **call)
-        if pattern.is_causal and rows == keys:
-            return fused(q, k, v, square=True, **call)
-        if pattern.is_causal and rows < keys and q.device.type == "cuda":
-            # There the mask would cost the flash kernel; on CPU it is as fast, and equal to SDPA to the bit.
-            past, own = keys - rows, (k[:, :, keys - rows :], v[:, :, keys - rows :])
-            before = fused(q, k[:, :, :past], v[:, :, :past], **call)
-            return merge([before, fused(q, *own, square=True, **call)])
+        plain = _plain(q, k, v, pattern, call)
+        if plain is not None:
+            return plain
     positions = {"q_pos": q_pos, "k_pos": k_pos, "aligned": aligned}
     kernel, width = (fused, None) if name == "sdpa" else (reference, q.shape[0] * q.shape[1])
     return sweep(kernel, q, k, v, pattern=pattern, bias=bias, width=width, **positions, **call)
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None, call: dict[str, Any]) -> Part | None:
+    """Full or causal attention over aligned positions without a mask, None where a mask is needed."""
+    rows, keys = q.shape[2], k.shape[2]
+    if pattern is None:
+        return fused(q, k, v, **call)
+    if not pattern.is_causal or rows > keys:
+        return None
+    if rows == 1:
+        return fused(q, k, v, **call)
+    if rows == keys:
+        return fused(q, k, v, square=True, **call)
+    if q.device.type != "cuda":
+        return None
+    # There a mask would cost the flash kernel; on CPU it is as fast as this, and equal to SDPA to the bit.
+    past = keys - rows
+    before = fused(q, k[:, :, :past], v[:, :, :past], **call)
+    return merge([before, fused(q, k[:, :, past:], v[:, :, past:], square=True, **call)])
