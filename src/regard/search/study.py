@@ -1,0 +1,313 @@
+"""`regard.search`: find what to place where, by measuring it.
+
+Trials are drawn by Optuna and measured on short held-out windows; the members of the front are measured
+again at the final length on other windows, so that what is reported was not what was chosen on. Every
+finished trial is in the storage before the next begins.
+"""
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.catalog import Entry, entries, find
+from regard.core.errors import RegardError
+from regard.measure import text as text_
+from regard.measure.measure import SCORES
+from regard.search import facts
+from regard.search.book import Book
+from regard.search.calibration import Calibration, calibrate, fitter
+from regard.search.picture import holdings
+from regard.search.plan import Plan
+from regard.search.progress import Screen, figures, table
+from regard.search.results import Row, Study, members
+from regard.search.scorer import Measures, Scorer, cut
+from regard.search.space import Space
+
+# Tokens that fits see at most: more would cost minutes and change little.
+FIT_TOKENS = 32_768
+
+
+def search(
+    model: Any,
+    tokenizer: Any,
+    text: str | Path | Tensor,
+    *,
+    mechanisms: Sequence[str | Entry] | None = None,
+    objectives: Sequence[str] = ("kl", "bytes"),
+    constraints: Sequence[str] | str = ("bytes<=0.4",),
+    trials: int = 24,
+    seconds: float | None = None,
+    storage: str | Path | None = None,
+    study_name: str = "regard",
+    out: str | Path | None = "regard-search",
+    calibration: Calibration | None = None,
+    progress: bool = True,
+    measure: Measures | None = None,
+    **settings: Any,
+) -> Study:
+    """Search for placements on `model` that trade quality for bytes and seconds well.
+
+    Args:
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
+        mechanisms: names to search over; None: all that need no fitting or know how to be fitted.
+        objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
+        constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
+        trials: trials in all processes together, dense not counted.
+        seconds: wall time for this process's trials; measuring the front again comes on top.
+        storage: Optuna storage URL or SQLite file; None: `out/study.db`. Several processes may share it.
+        study_name: the study in that storage; one that exists is continued.
+        out: folder for `recipe.yaml`, `front/`, `study.json`, `report.html`; None: nothing is written.
+        calibration: trained tensors and sensitivities; None: computed, and cached in `out`.
+        progress: show progress on standard error.
+        measure: measures placements in place of the built-in scorer.
+        settings: any other field of `Plan` (lengths, windows, repeats, seed, sampler).
+
+    Returns:
+        The Study; `study.recipe` is the chosen recipe. After Ctrl-C it holds what was finished.
+
+    Raises:
+        RegardError: text too short, an unknown name, a constraint that cannot be read, or a study begun
+            with another model, text or settings.
+    """
+    plan = Plan.of(objectives=objectives, constraints=constraints, trials=trials, seconds=seconds, **settings)
+    if storage is None and out is None:
+        raise RegardError("a search needs a storage: give storage=..., or a folder out=... for its SQLite file")
+    folder = Path(out) if out is not None else None
+    tokens = _tokens(tokenizer, text)
+    parts = cut(tokens, plan)
+    chosen = _mechanisms(mechanisms)
+    run = _Search(model, plan, folder, Screen(progress, _shape(model)["layers"]))
+    run.measure = measure or Scorer(model, tokenizer, parts, plan)
+    run.told = {"model": facts.model_facts(model), "text": facts.text_digest(tokens), "tokens": len(tokens)}
+    try:
+        run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen)
+        space = Space(tuple(chosen), run.shape["layers"], run.calibration.order(), run.calibration.tensors)
+        run.open(storage or (folder or Path()) / "study.db", study_name, space)
+        run.trials()
+        run.finals()
+    except KeyboardInterrupt:
+        if run.book is None:
+            raise
+        run.interrupted = True
+        run.screen.console.print("[yellow]interrupted[/]: finished trials are kept; run again to continue")
+    return run.result()
+
+
+class _Search:
+    """One process's part in a search."""
+
+    measure: Measures
+    calibration: Calibration
+    told: dict[str, Any]
+    book: Book | None = None
+    interrupted = False
+
+    def __init__(self, model: Any, plan: Plan, folder: Path | None, screen: Screen):
+        self.model, self.plan, self.folder, self.screen = model, plan, folder, screen
+        self.shape = _shape(model)
+
+    def calibrate(self, tokens: Tensor, chosen: Sequence[Entry]) -> Calibration:
+        """Fit and probe, with a bar; cached in the folder."""
+        cache = self.folder / "calibration.safetensors" if self.folder else None
+        key = f"{self.told['model']['digest']} {facts.text_digest(tokens)}"
+        with self.screen.phase("calibrating", None) as bar:
+            return calibrate(
+                self.model,
+                tokens,
+                chosen,
+                self.shape["layers"],
+                cache=cache,
+                key=key,
+                progress=lambda name, done, total: bar.at(done, total, name),
+            )
+
+    def open(self, storage: str | Path, name: str, space: Space) -> None:
+        """Open or continue the study."""
+        larger = [SCORES[o][1] for o in self.plan.objectives]
+        self.book = Book(storage, name, space, larger, seed=self.plan.seed, sampler=self.plan.sampler)
+        told = {"model": self.told["model"]["digest"], "text": self.told["text"], "plan": self.plan.fixed()}
+        self.book.agree({**told, "space": space.describe(), "calibration": self.calibration.digest})
+        self.book.begin_with(space.starts())
+
+    def trials(self) -> None:
+        """Draw and measure until the budget is spent."""
+        assert self.book is not None
+        book, began = self.book, time.monotonic()
+        with self.screen.phase("trials", self.plan.trials) as bar:
+            bar.at(book.finished())
+            while self.plan.seconds is None or time.monotonic() - began < self.plan.seconds:
+                drawn = book.ask(self.plan.trials)
+                if drawn is None:
+                    break
+                self.trial(*drawn)
+                bar.at(book.finished(), note=self._best())
+            # Others may still be measuring; the front needs their trials too.
+            while self.plan.seconds is None and book.running():
+                book.sweep()
+                time.sleep(0.5)
+
+    def trial(self, trial: Any, placements: Sequence[Any]) -> None:
+        """Measure one draw and record it, whatever happens."""
+        assert self.book is not None
+        try:
+            measured = self.measure(placements, final=False)
+            scores = measured.scores()
+            for name in (*self.plan.objectives, *(c.name for c in self.plan.constraints)):
+                if name not in scores or scores[name] != scores[name]:
+                    raise RegardError(f"{name} was not measured" if name not in scores else f"{name} is NaN")
+        except KeyboardInterrupt:
+            self.book.interrupt(trial)
+            raise
+        except Exception as error:
+            self.book.fail(trial, _reason(error))
+            del error
+            gc.collect()
+        else:
+            violations = [c.violation(scores) for c in self.plan.constraints]
+            self.book.complete(trial, [scores[o] for o in self.plan.objectives], violations, measured.to_json())
+        self.screen.trial(next(r for r in self.rows() if r.number == trial.number))
+
+    def finals(self) -> None:
+        """Measure members of the front again at the final length; those already noted are kept."""
+        assert self.book is not None
+        wanted = members(self.study(), self.plan.final_members)
+        if not wanted:
+            return
+        with self.screen.phase(f"again at {self.plan.final_length:,}", len(wanted) + 1) as bar:
+            for done, row in enumerate(wanted):
+                bar.at(done)
+                if f"final:{row.number}" in self.book.noted():
+                    continue
+                try:
+                    told: dict[str, Any] = self.measure(self.study().placements(row), final=True).to_json()
+                except Exception as error:
+                    told = {"reason": _reason(error)}
+                    gc.collect()
+                self.book.note(f"final:{row.number}", told)
+            bar.at(len(wanted))
+            if "control" not in self.book.noted():
+                control = self.measure.control()
+                if control is not None:
+                    import dataclasses
+
+                    self.book.note("control", dataclasses.asdict(control))
+
+    def rows(self) -> tuple[Row, ...]:
+        """Every trial of the study."""
+        assert self.book is not None
+        noted = self.book.noted()
+        rows = []
+        for trial in self.book.trials():
+            attrs = trial.user_attrs
+            final = noted.get(f"final:{trial.number}")
+            took = trial.duration.total_seconds() if trial.duration else 0.0
+            rows.append(
+                Row(
+                    number=trial.number,
+                    placements=attrs.get("placements", []),
+                    reason=attrs.get("reason"),
+                    measurement=attrs.get("measurement"),
+                    seconds=took,
+                    final=None if final is None or "reason" in final else final,
+                )
+            )
+        return tuple(rows)
+
+    def study(self, **more: Any) -> Study:
+        """The study as it stands."""
+        plan = self.plan
+        return Study(
+            rows=self.rows(),
+            objectives=plan.objectives,
+            constraints=plan.constraints,
+            layers=self.shape["layers"],
+            tensors=self.calibration.tensors,
+            shape=self.shape,
+            interrupted=self.interrupted,
+            **more,
+        )
+
+    def result(self) -> Study:
+        """The study with its facts and pictures, written and shown."""
+        assert self.book is not None
+        plan, noted = self.plan, self.book.noted()
+        told: dict[str, Any] = self.told | {
+            "plan": plan.fixed() | {"trials": plan.trials, "seconds": plan.seconds, "seed": plan.seed},
+            "machine": facts.machine(self.model),
+            "study": self.book.name,
+            "sensitivity": {s: t.tolist() for s, t in self.calibration.sensitivity.items()},
+            "failed_finals": {
+                k.partition(":")[2]: v["reason"] for k, v in noted.items() if k.startswith("final:") and "reason" in v
+            },
+        }
+        study = self.study(facts=told, control=noted.get("control"))
+        pictures = {}
+        for row in study.rows:
+            if row.measurement is not None:
+                pictures[row.number] = holdings(self.model, study.placements(row))
+        study = self.study(facts=told, control=noted.get("control"), picture=pictures)
+        if self.folder is not None:
+            study = study.write(self.folder)
+        self.screen.console.print(table(study))
+        if study.shortfall():
+            self.screen.console.print(f"[yellow]{study.shortfall()}[/]")
+        elif self.folder is not None:
+            self.screen.console.print(f"wrote {self.folder / 'recipe.yaml'} and {self.folder / 'report.html'}")
+        return study
+
+    def _best(self) -> str:
+        study = self.study()
+        best = study.chosen
+        count = f"{len(study.front)} on the front"
+        return f"{count}; best: {figures(best.scores)}" if best else count
+
+
+def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
+    """The entries to search over.
+
+    Raises:
+        RegardError: an unknown name, nothing to search, or one that must be fitted and cannot be.
+    """
+    if written is not None:
+        chosen = [name if isinstance(name, Entry) else find(name) for name in written]
+        for entry in chosen:
+            if _unfitted(entry):
+                raise RegardError(f"{entry.stem!r} must be fitted, and there is no regard/calibrate/{entry.stem}.py")
+    else:
+        chosen = [e for e in entries().values() if not _unfitted(e)]
+    if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
+        raise RegardError("nothing to search: no mechanism given has options with values to search")
+    return chosen
+
+
+def _unfitted(entry: Entry) -> bool:
+    return any(o.kind == "tensor" for o in entry.card.options.values()) and fitter(entry) is None
+
+
+def _tokens(tokenizer: Any, text: str | Path | Tensor) -> Tensor:
+    if not isinstance(text, (str, Path)):
+        return torch.as_tensor(text, dtype=torch.int64).flatten()
+    return text_.tokenise(tokenizer, text_.load(text) if isinstance(text, Path) else text)
+
+
+def _shape(model: Any) -> dict[str, int]:
+    from regard.adapters.families import open_decoder
+
+    decoder = open_decoder(model)
+    return {name: getattr(decoder, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
+
+
+def _reason(error: Exception) -> str:
+    """Why a trial failed, in one line."""
+    text = " ".join(str(error).split()) or "no message"
+    memory = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    if memory:
+        return f"out of memory: {text}"
+    return text if isinstance(error, RegardError) else f"{type(error).__name__}: {text}"
