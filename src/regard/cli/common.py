@@ -24,6 +24,8 @@ def open_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, A
     Raises:
         RegardError: no such model, device or dtype.
     """
+    import logging as python_logging
+
     import torch
     from transformers.utils import logging
 
@@ -31,6 +33,7 @@ def open_model(name: str, device: str | None, dtype: str | None) -> tuple[Any, A
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    python_logging.getLogger("huggingface_hub").setLevel(python_logging.ERROR)
     kind = getattr(torch, choose("dtype", dtype, _DTYPES)) if dtype else None
     try:
         place = torch.device(device) if device else None

@@ -65,6 +65,8 @@ def legal(option: Option) -> str:
     """The legal values of an option, in words."""
     if option.choices:
         text = ", ".join(repr(c) if isinstance(c, str) else str(c) for c in option.choices)
+    elif option.kind == "bool":
+        text = "True, False"
     elif option.low is None and option.high is None:
         text = "fitted" if option.kind == "tensor" else "any"
     elif option.high is None:
