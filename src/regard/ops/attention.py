@@ -43,8 +43,6 @@ def choose(
         one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
-    if 0 in (*q.shape, k.shape[2]):
-        return "reference", "there are no queries or no keys, and torch's fused kernels need both"
     reason = refuses(q, k, v, bias=bias, softcap=softcap)
     if backend == "sdpa" and reason is not None:
         raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")
@@ -109,7 +107,9 @@ def attend(
         plain = _plain(q, k, v, pattern, call)
         if plain is not None:
             return plain
-    q_pos = torch.arange(keys - rows, keys, device=q.device)[None] if q_positions is None else q_positions
+    # Full attention does not place its queries among the keys: more queries than keys are no padding there.
+    first = 0 if pattern is None else keys - rows
+    q_pos = torch.arange(first, first + rows, device=q.device)[None] if q_positions is None else q_positions
     k_pos = torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
     if backend == "reference" or 0 in (*q.shape, keys):
         out, lse = reference(q, k, v, mask=visible(pattern, q_pos, k_pos), bias=bias, **call)

@@ -51,4 +51,4 @@ def reference(
     total = total.masked_fill(empty, 1)
     out = (weights.flatten(2, 3) @ v.to(exact)).view(*scores.shape[:-1], v.shape[3]) / total[..., None]
     lse = (top[..., 0] + total.log()).masked_fill(empty, -torch.inf)
-    return out.to(q.dtype).reshape(batch, heads, rows, -1), lse.reshape(batch, heads, rows)
+    return out.to(q.dtype).reshape(batch, heads, rows, v.shape[3]), lse.reshape(batch, heads, rows)

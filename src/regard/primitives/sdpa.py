@@ -19,6 +19,8 @@ Part = tuple[Tensor, Tensor]
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, softcap: float | None = None) -> str | None:
     """Why torch's fused kernels cannot do this call exactly, or None if they can."""
+    if 0 in (*q.shape, k.shape[2]):
+        return "there are no queries or no keys, and torch's fused kernels need both"
     if softcap is not None:
         return "torch's fused kernels have no softcap"
     if v.shape[3] != q.shape[3]:
@@ -60,6 +62,8 @@ def fused(
     """
     assert softcap is None
     assert mask is None or not square
+    # Called below SDPA, the kernels read any last dimension as contiguous.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     added, empty = _additive(q, k, mask, bias)
     if q.device.type == "cuda" and (added is not None or q.dtype == torch.float32) and q.shape[1] != k.shape[1]:
         group = q.shape[1] // k.shape[1]
@@ -181,6 +185,7 @@ class _Fused(torch.autograd.Function):
         left = iter(tensors)
         extra = tuple(next(left) if x is None else x for x in ctx.extra)
         dout = torch.zeros_like(out) if dout is None else dout
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if empty is not None:
             dout = dout.masked_fill(empty[..., None], 0)
             dlse = None if dlse is None else dlse.masked_fill(empty, 0)
