@@ -21,7 +21,7 @@ help:
 	@echo "make demo | test | lint | format | docs | clean"
 
 demo: $(STAMP)-demo
-	$(BIN)/regard search demo --out demo-out
+	$(BIN)/regard search demo --constraint "bytes<=0.4" --out demo-out
 
 test: test-newest test-floor
 

@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+import terminal
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():
@@ -24,6 +26,18 @@ def demo():
     except pretrained.RegardError as error:
         pytest.skip(str(error))
     return pretrained.load("demo")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(demo, tmp_path_factory):
+    """A folder with a two-layer model for the command line: all of it runs in seconds, none of it is any good."""
+    return terminal.tiny_model(tmp_path_factory.mktemp("models") / "tiny", demo[1])
+
+
+@pytest.fixture
+def regard_command(monkeypatch, capfd):
+    """Runs `regard WORDS...` inside this process; returns its exit status and what it printed."""
+    return terminal.runner(monkeypatch, capfd)
 
 
 @pytest.fixture(scope="session")
