@@ -83,7 +83,7 @@ class Buffer:
         bounded = self.limit is not None and size <= self.limit
         most = self.limit if bounded else size + max(48, size // 20)
         # Outside inference mode an inference tensor can no longer be written to.
-        stale = any(f.is_inference() for f in self.fields) and not torch.is_inference_mode_enabled()
+        stale = bool(self.fields) and self.fields[0].is_inference() and not torch.is_inference_mode_enabled()
         if self.fields and size <= self.slots <= (most or 0) and not stale:
             return
         slots = size + max(16, size // 32)

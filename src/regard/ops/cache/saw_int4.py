@@ -1,5 +1,6 @@
 """Keys and values in 4 (or 8) bits a number, one scale a token and head, keys rotated (SAW-INT4)."""
 
+import math
 import warnings
 from functools import lru_cache, partial
 
@@ -87,7 +88,7 @@ def _codec(bits: int, order: int, D: int) -> Codec | None:
     rotate = partial(hadamard, order=order)
     return Codec(
         name=f"int{bits}" + (f" hadamard {order}" if order > 1 else ""),
-        encode=lambda x: quantise(_rotate(x, order), bits),
+        encode=lambda x: _encode(x, order, bits),
         decode=partial(dequantise, bits=bits),
         query=rotate,
         output=rotate,
@@ -95,30 +96,36 @@ def _codec(bits: int, order: int, D: int) -> Codec | None:
     )
 
 
+def _encode(x: Tensor, order: int, bits: int) -> Fields:
+    # On a CPU in slices that stay in its cache: a long prompt is written in about half the time.
+    slices = x.split(512, dim=2) if x.device.type == "cpu" else (x,)
+    parts = [quantise(_rotated(part, order), bits) for part in slices]
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(field, dim=2) for field in zip(*parts, strict=True))
+
+
 def hadamard(x: Tensor, order: int) -> Tensor:
     """`x [..., D]` times the orthonormal block-diagonal Hadamard matrix of `order`, its own inverse."""
-    return x if order == 1 else _rotate(x, order).to(x.dtype)
-
-
-def _rotate(x: Tensor, order: int) -> Tensor:
-    """`hadamard` before its last rounding, in float64 (float32 where a device has none)."""
     if order == 1:
         return x
-    # Sums of fp32 numbers in fp64 do not depend on their order, so neither do codes on the batch written.
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
-    blocks = x.to(wide).unflatten(-1, (-1, order))
-    return ((blocks @ _signs(order, x.device, wide)) * order**-0.5).flatten(-2)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(wide) @ _matrix(x.shape[-1], order, x.device, wide)).to(x.dtype)
+
+
+def _rotated(x: Tensor, order: int) -> Tensor:
+    """`hadamard` for writing, in fp32."""
+    # Summed in fp64, fp32 numbers round to the same fp32 number however many tokens are written at once.
+    exact = x if order == 1 or x.device.type == "mps" else x.double()
+    return hadamard(exact, order).float()
 
 
 @lru_cache(maxsize=32)
-def _signs(order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Sylvester's `[order, order]` matrix of +-1."""
+def _matrix(D: int, order: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     # A tensor made in inference mode could not be used under autograd later.
     with torch.inference_mode(False), torch.no_grad():
         signs = torch.ones(1, 1, device=device, dtype=dtype)
         while signs.shape[0] < order:
             signs = torch.cat((torch.cat((signs, signs), 1), torch.cat((signs, -signs), 1)))
-        return signs
+        return torch.block_diag(*[signs * order**-0.5] * (D // order))
 
 
 def quantise(z: Tensor, bits: int) -> Fields:
@@ -130,12 +137,12 @@ def quantise(z: Tensor, bits: int) -> Fields:
         RegardError: a number is NaN or infinite (checked on a CPU).
     """
     z = z.float()
-    top = 2**bits - 1
     lo, hi = z.aminmax(dim=-1, keepdim=True)
-    s = (hi - lo).clamp(min=1e-8) / top
-    if z.device.type == "cpu" and not bool(s.isfinite().all()):
+    s = (hi - lo).clamp_(min=1e-8).div_(2**bits - 1)
+    if z.device.type == "cpu" and z.numel() and not math.isfinite(s.amax().item()):
         raise RegardError("'saw_int4' was given keys or values that are not finite numbers")
-    codes = ((z - lo) / s).add_(0.5).floor_().clamp_(0, top).to(torch.uint8)
+    # Positive numbers are cut to whole ones by the cast.
+    codes = (z - lo).div_(s).add_(0.5).to(torch.uint8)
     return (pack(codes) if bits == 4 else codes), torch.cat((s, lo), dim=-1)
 
 
@@ -150,7 +157,7 @@ def dequantise(fields: Fields, dtype: torch.dtype, bits: int) -> Tensor:
 def pack(codes: Tensor) -> Tensor:
     """Codes 0..15 `[..., D]` in bytes `[..., D/2]`: code i low, code i + D/2 high."""
     low, high = codes.chunk(2, dim=-1)
-    return low | (high << 4)
+    return torch.add(low, high, alpha=16)
 
 
 def unpack(packed: Tensor) -> Tensor:
