@@ -44,7 +44,7 @@ format: $(STAMP)-lint
 
 docs: $(STAMP)-docs
 	$(BIN)/python tools/map.py
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf .venv .venv-floor .pytest_cache .ruff_cache .import_linter_cache .hypothesis build dist site demo-out
