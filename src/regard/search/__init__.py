@@ -1,4 +1,8 @@
-"""Choosing what goes where by measurement, under a budget of bytes, seconds or quality."""
+"""Choosing what goes where by measurement, under a budget of bytes, seconds or quality.
+
+`regard.search(model, tokenizer, text, ...)` calls `regard.search.study.search`: the package can be
+called, so that the name stays itself once the package is imported.
+"""
 
 import sys
 from types import ModuleType
@@ -6,13 +10,11 @@ from typing import Any
 
 
 class _Callable(ModuleType):
-    """`regard.search` is both this package and the verb: importing the package must not hide the verb."""
+    def __call__(self, *args: Any, **settings: Any) -> Any:
+        """See `regard.search.study.search`."""
+        from regard.search.study import search
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """`regard.search.study.search`."""
-        from regard.search.study import search  # needs the extra `search`; the package alone does not
-
-        return search(*args, **options)
+        return search(*args, **settings)
 
 
 sys.modules[__name__].__class__ = _Callable

@@ -1,0 +1,144 @@
+import json
+
+import pytest
+
+from regard.search.report import embed, render
+from regard.search.study import search
+from search.fakes import CALIBRATION, LAYERS, SMALL, Fake, Letters, tiny_model, tiny_text
+
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
+ARGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    out = tmp_path_factory.mktemp("report")
+    model, mechanisms = tiny_model(), ["saw_int4", "streaming"]
+    return search(
+        model,
+        Letters(),
+        tiny_text(),
+        mechanisms=mechanisms,
+        calibration=CALIBRATION,
+        measure=Fake(),
+        out=out,
+        progress=False,
+        trials=16,
+        **SMALL,
+    )
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(browser, study, request):
+    page = browser.new_page(viewport={"width": 1200, "height": 900}, color_scheme=request.param)
+    said, asked = [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((study.folder / "report.html").as_uri())
+    yield page
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+def shown(page):
+    """The picture's cells as (sink, recent, key, value), column by column."""
+    cells = page.locator("#picture .cell").all()
+    return [tuple(c.get_attribute(f"data-{a}") for a in ("sink", "recent", "key", "value")) for c in cells]
+
+
+def told(study, row):
+    """The same from the placements themselves."""
+    found = []
+    for layer in range(LAYERS):
+        sink, recent, key, value = "0", "all", "raw", "raw"
+        for place in study.placements(row):
+            if place.layers != "all" and layer not in place.layers:
+                continue
+            if place.stem == "streaming":
+                sink, recent = str(place.options["sink"]), str(place.options["window"])
+            else:
+                bits = [place.options["key_bits"], place.options["value_bits"]]
+                turned = [" hadamard 16", " hadamard 16" if place.options["rotate_v"] else ""]
+                key, value = ("raw" if b == 16 else f"int{b}{t}" for b, t in zip(bits, turned, strict=True))
+        found += [(sink, recent, key, value)] * 2
+    return found
+
+
+def test_points_rows_and_opening(page, study):
+    assert page.locator(".point[data-trial]").count() == len(study.rows)
+    assert page.locator(".point.failed[data-trial]").count() == sum(r.reason is not None for r in study.rows) > 0
+    assert page.locator(".point[data-final]").count() == sum(r.final is not None for r in study.rows) > 0
+    assert page.locator("#trials tbody tr").count() == len(study.rows)
+    assert page.locator(".point.chosen[data-trial]").get_attribute("data-trial") == str(study.chosen.number)
+    assert "Trial" in page.locator("#detail h3").inner_text()
+
+
+def test_a_click_selects_and_the_picture_follows(page, study):
+    for row in [r for r in study.rows if r.measurement and not r.dense][:6]:
+        page.locator(f"[data-row='{row.number}']").click()
+        assert page.locator("#detail h3").inner_text() == f"Trial {row.number}"
+        assert page.locator(".point.selected[data-trial]").get_attribute("data-trial") == str(row.number)
+        assert shown(page) == told(study, row)
+    page.locator(f".point[data-trial='{study.chosen.number}']").click()
+    assert shown(page) == told(study, study.chosen)
+    assert page.locator("#trials tr.selected").get_attribute("data-row") == str(study.chosen.number)
+
+
+def test_failed_trials_give_their_reason(page, study):
+    row = next(r for r in study.rows if r.reason)
+    page.locator(f".point[data-trial='{row.number}']").click()
+    assert row.reason in page.locator("#detail").inner_text()
+    assert page.locator("#picture .cell").count() == 0
+    assert row.reason in page.locator(f"[data-row='{row.number}']").inner_text()
+
+
+def test_keyboard_alone(page, study):
+    first = page.locator(f".point[data-trial='{study.chosen.number}']")
+    first.focus()
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.activeElement.dataset.trial") != str(study.chosen.number)
+    assert page.locator("#detail h3").inner_text() != f"Trial {study.chosen.number}"
+
+
+def test_sorting(page, study):
+    page.locator("[data-sort='kl']").click()
+    numbers = [int(r.get_attribute("data-row")) for r in page.locator("#trials tbody tr").all()]
+    rows = {r.number: r for r in study.rows}
+    kls = [rows[n].scores["kl"] for n in numbers if rows[n].scores]
+    assert kls == sorted(kls)
+    assert all(not rows[n].scores for n in numbers[len(kls) :])
+
+
+def test_other_axes_and_a_phone(browser, study):
+    page = browser.new_page(viewport={"width": 375, "height": 800})
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto((study.folder / "report.html").as_uri())
+    page.locator("#axis-y").select_option("top1")
+    assert page.locator(".point[data-trial]").count() == len(study.rows)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    assert errors == []
+    page.close()
+
+
+def test_data_cannot_leave_its_element():
+    nasty = {"note": "</script><script>alert(1)</script><!-- &amp;", "nan": float("nan"), "inf": [float("inf")]}
+    text = embed(nasty)
+    assert not set("<>&") & set(text)
+    assert json.loads(text) == {"note": nasty["note"], "nan": None, "inf": [None]}
+    page = render({"facts": {"model": {"name": "a/<b>%%DATA%%"}}, **nasty})
+    assert "<b>" not in page
+    assert page.count("alert(1)") == 1
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
