@@ -137,6 +137,25 @@ def test_fused_kernels_equal_the_reference(T, S, pattern, placed, biased, block)
     agree(gradients(mine, [q, k, v]), gradients(expected, [q, k, v]), atol=1e-10)
 
 
+@pytest.mark.parametrize("length", [6, 7, 8, 9])
+def test_a_pattern_is_causal_exactly_as_long_as_it_covers_all(length):
+    """`sink 2 | window 5` forgets its first key at length 8; up to 7 the plain causal kernel may run."""
+    q, k, v = inputs(length, length)
+    agree(attend(q, k, v, pattern=LOCAL, backend="sdpa"), attend(q, k, v, pattern=LOCAL, backend="reference"))
+    last = q[:, :, -1:]
+    agree(attend(last, k, v, pattern=LOCAL), attend(last, k, v, pattern=LOCAL, backend="reference"))
+
+
+def test_full_attention_with_a_bias_in_blocks_sees_later_keys(monkeypatch):
+    monkeypatch.setattr(sweep_module, "WHOLE", 1)
+    monkeypatch.setattr(sweep_module, "BLOCK", 2)
+    for rows, keys in ((9, 9), (9, 3), (5, 9)):
+        q, k, v = inputs(rows, keys)
+        bias = torch.randn(rows, keys, dtype=torch.float64)
+        options = {"causal": False, "bias": bias}
+        agree(attend(q, k, v, **options), attend(q, k, v, backend="reference", **options))
+
+
 @pytest.mark.parametrize("use", ["out", "lse", "lse where out is unused in some rows", "tiny out"])
 def test_fused_gradients_through_the_lse_alone(use):
     """Rows whose out has no gradient cannot carry the lse's gradient in it."""

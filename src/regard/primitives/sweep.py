@@ -60,6 +60,8 @@ def sweep(
         if block >= rows and reach.recent is None:
             # One block over all keys is the call plain SDPA makes, and then equal to it to the bit.
             seen = None
+        elif aligned and pattern is None:
+            seen = None
         elif aligned:
             seen = _span(reach, max(keys - rows + start, 0), max(keys - rows + stop, 0), keys)
         elif reach.recent is not None and reach.sink + reach.recent + stop - start > WORTH * keys:
