@@ -96,31 +96,60 @@ def attend(
     name, _ = choose(q, k, v, bias=bias, softcap=softcap, backend=backend)
     if pattern is None and causal:
         pattern = Pattern.causal()
-    aligned = q_positions is None and k_positions is None
-    rows, keys = q.shape[2], k.shape[2]
     call = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    if backend == "reference" or 0 in (*q.shape, k.shape[2]):
+        mask = visible(pattern, *_positions(q, k, pattern, q_positions, k_positions))
+        out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
+    else:
+        out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
+    if empty == "raise":
+        _raise_if_empty(lse)
+    return out, lse
+
+
+def _run(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | None,
+    q_positions: Tensor | None,
+    k_positions: Tensor | None,
+    bias: Tensor | None,
+    call: dict[str, Any],
+) -> Part:
+    """The least work that is exact."""
+    aligned = q_positions is None and k_positions is None
     if aligned and name == "sdpa" and pattern is not None:
-        rules = tuple(Causal() if covers(rule, keys) else rule for rule in pattern.rules)
+        rules = tuple(Causal() if covers(rule, k.shape[2]) else rule for rule in pattern.rules)
         pattern = Pattern(rules, pattern.heads)
     if aligned and name == "sdpa" and bias is None:
         # First of all, so that plain decoding costs what `scaled_dot_product_attention` costs.
         plain = _plain(q, k, v, pattern, call)
         if plain is not None:
             return plain
+    q_pos, k_pos = _positions(q, k, pattern, q_positions, k_positions)
+    if pattern is None:
+        return _group(name, q, k, v, None, q_pos, k_pos, bias, aligned, call)
+    return _by_heads(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
+
+
+def _positions(
+    q: Tensor, k: Tensor, pattern: Pattern | None, q_positions: Tensor | None, k_positions: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The positions given, or right-aligned ones."""
+    rows, keys = q.shape[2], k.shape[2]
     # Full attention does not place its queries among the keys: more queries than keys are no padding there.
     first = 0 if pattern is None else keys - rows
     q_pos = torch.arange(first, first + rows, device=q.device)[None] if q_positions is None else q_positions
-    k_pos = torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
-    if backend == "reference" or 0 in (*q.shape, keys):
-        out, lse = reference(q, k, v, mask=visible(pattern, q_pos, k_pos), bias=bias, **call)
-    elif pattern is None:
-        out, lse = _group(name, q, k, v, None, q_pos, k_pos, bias, aligned, call)
-    else:
-        out, lse = _by_heads(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
-    if empty == "raise" and bool((lse == -torch.inf).any()):
-        row = (lse == -torch.inf).nonzero()[0].tolist()
-        raise RegardError(f"batch row {row[0]}, head {row[1]}, query {row[2]} sees no key; pass empty='zero' for out 0")
-    return out, lse
+    return q_pos, torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
+
+
+def _raise_if_empty(lse: Tensor) -> None:
+    rows = (lse == -torch.inf).nonzero()
+    if len(rows):
+        row, head, query = rows[0].tolist()
+        raise RegardError(f"batch row {row}, head {head}, query {query} sees no key; pass empty='zero' for out 0")
 
 
 def _check(
