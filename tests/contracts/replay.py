@@ -10,7 +10,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from regard.ops.attention import attend
 from torch import Tensor
 
 from regard.adapters import requests
@@ -18,6 +17,7 @@ from regard.adapters.install import Handle
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Codec
+from regard.ops.attention import attend
 
 Tape = dict[tuple[int, str, int], list[tuple[Tensor, ...]]]
 

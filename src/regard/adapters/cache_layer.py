@@ -82,6 +82,8 @@ class StoreLayer(CacheLayerMixin):
         """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17)."""
         length = self.store.length
         self.store.crop(length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length))
+        if self.record_past:
+            self.store.record()
 
     def reset(self) -> None:
         """Forget everything."""

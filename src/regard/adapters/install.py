@@ -86,8 +86,10 @@ class Handle:
             surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
             surgery.hook(module.register_forward_hook(lambda *_: self._requests.end(), always_call=True))
             for part in self.model.modules():
-                if hasattr(part, "generate") and hasattr(part, "prepare_inputs_for_generation"):
+                if hasattr(part, "generate") and hasattr(part, "_prepare_cache_for_generation"):
                     surgery.set(part, "generate", self._requests.generating(part.generate))
+                    prepare = part._prepare_cache_for_generation
+                    surgery.set(part, "_prepare_cache_for_generation", self._requests.preparing(prepare))
 
     def detach(self) -> None:
         """Leave the model as it was before.

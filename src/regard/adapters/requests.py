@@ -59,6 +59,16 @@ class Requests:
 
         return told
 
+    def preparing(self, prepare: Callable[..., None]) -> Callable[..., None]:
+        """`_prepare_cache_for_generation`, adopting the cache at birth: what it is asked then must reach its stores."""
+
+        def prepared(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            prepare(generation_config, model_kwargs, *args, **kwargs)
+            if (cache := model_kwargs.get("past_key_values")) is not None:
+                self._adopt(cache)
+
+        return prepared
+
     def begin(self, tokens: Tensor, cache: Cache | None, mask: Tensor | None) -> Cache:
         """Start a forward of `tokens [B, T, ...]`; returns the cache it must use.
 
