@@ -53,7 +53,7 @@ def test_only_front_members_are_measured_again(tmp_path):
 
 
 def test_what_fails_is_recorded_and_the_search_goes_on(tmp_path):
-    reasons = [r.reason for r in run(tmp_path, trials=40).rows if r.reason]
+    reasons = [r.reason for r in run(tmp_path, trials=30).rows if r.reason]
     assert any(r.startswith("out of memory") for r in reasons)
     assert any("yields NaN" in r for r in reasons)
     assert any("kl is NaN" in r for r in reasons)
@@ -149,7 +149,8 @@ def test_a_real_search_on_the_tiny_model(tmp_path):
     dense = next(r for r in study.rows if r.dense)
     assert dense.scores["kl"] == 0.0
     assert dense.scores["bytes"] == 1.0
-    assert all(r.scores["kl"] > 0 for r in study.rows if not r.dense)
+    # A window wider than the tiny text loses nothing; rounding always does.
+    assert all(r.scores["kl"] > 0 for r in study.rows if any(p["mechanism"] == "saw_int4" for p in r.placements))
     assert all({"prefill", "decode", "recall"} <= set(r.final_scores) for r in study.rows if r.final)
     assert study.control is not None
     assert (tmp_path / "calibration.safetensors").exists()

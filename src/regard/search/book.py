@@ -113,11 +113,11 @@ class Book:
     def ask(self, total: int) -> tuple[Any, list[Placement]] | None:
         """The next trial and its placements; None once `total` are measured or under way, or nothing is new."""
         for draws in range(EXHAUSTED):
-            self.sweep()
-            if self.finished() + len(self.running()) >= total:
+            trials = self.sweep()
+            if self.finished(trials) + len(self.running(trials)) >= total:
                 return None
             if draws >= STALE_DRAWS:
-                self.study.sampler = self.optuna.samplers.RandomSampler(seed=self.seed + draws + self._count() * 97)
+                self.study.sampler = self.optuna.samplers.RandomSampler(seed=self.seed + draws + 97 * len(trials))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 trial = self.study.ask()
@@ -134,9 +134,6 @@ class Book:
                 return trial, placements
             self._repeat(trial, twin)
         return None
-
-    def _count(self) -> int:
-        return len(self.study.get_trials(deepcopy=False))
 
     def _twin(self, ident: str, number: int) -> Any:
         """An earlier trial of the same placements that was measured, failed, or is being measured."""
@@ -176,33 +173,30 @@ class Book:
         self.study.tell(trial.number, state=self.optuna.trial.TrialState.FAIL)
         self.study.enqueue_trial(trial.params)
 
-    def sweep(self) -> None:
-        """Close trials whose process is gone, and queue their draws again."""
-        for trial in self.study.get_trials(deepcopy=False):
+    def sweep(self) -> list[Any]:
+        """Close trials whose process is gone, and queue their draws again; returns all trials as they were."""
+        trials = self.study.get_trials(deepcopy=False)
+        for trial in trials:
             if trial.state.name == "RUNNING" and not _alive(trial):
                 with contextlib.suppress(ValueError, RuntimeError):  # another process swept it first
                     self.interrupt(trial)
+        return trials
 
-    def running(self) -> list[Any]:
+    def running(self, trials: Sequence[Any] | None = None) -> list[Any]:
         """Trials under way in living processes, repeats and dense left out."""
-        return [
-            t
-            for t in self.study.get_trials(deepcopy=False)
-            if t.state.name == "RUNNING" and "same_as" not in t.user_attrs and t.user_attrs.get("placements") != []
-        ]
+        trials = self.study.get_trials(deepcopy=False) if trials is None else trials
+        under_way = [t for t in trials if t.state.name == "RUNNING" and "same_as" not in t.user_attrs and _alive(t)]
+        return [t for t in under_way if t.user_attrs.get("placements") != []]
 
-    def trials(self) -> list[Any]:
+    def trials(self, trials: Sequence[Any] | None = None) -> list[Any]:
         """Every trial that was measured or failed on its own account, dense included, by number."""
-        found = []
-        for trial in self.study.get_trials(deepcopy=False):
-            over = trial.state.name in ("COMPLETE", "FAIL") and not _interrupted(trial)
-            if over and "same_as" not in trial.user_attrs:
-                found.append(trial)
-        return found
+        trials = self.study.get_trials(deepcopy=False) if trials is None else trials
+        over = [t for t in trials if t.state.name in ("COMPLETE", "FAIL") and not _interrupted(t)]
+        return [t for t in over if "same_as" not in t.user_attrs]
 
-    def finished(self) -> int:
+    def finished(self, trials: Sequence[Any] | None = None) -> int:
         """How many of `trials` count against the budget: all but dense."""
-        return sum(t.user_attrs.get("placements") != [] for t in self.trials())
+        return sum(t.user_attrs.get("placements") != [] for t in self.trials(trials))
 
     def note(self, key: str, value: Any) -> None:
         """Keep `value` (JSON) with the study."""

@@ -109,7 +109,7 @@ class Space:
         return [base, *(base | draw for draw in [*encodes, *keeps, *pairs])]
 
     def _starts(self, entry: Entry) -> list[dict[str, Any]]:
-        """First draws of one mechanism: few bits everywhere, then more on a third and two thirds of the layers."""
+        """First draws of one mechanism: few bits everywhere, then more on a third, half and two thirds of the layers."""
         stem, finest = entry.stem, bits(entry)
         verb = next((v for v in ("keep", "encode") if v in entry.verbs), None)
         draw: dict[str, Any] = {verb: stem} if verb else {f"use.{stem}": True}
@@ -119,7 +119,11 @@ class Space:
                 draw[f"{stem}.{name}"] = min(option.search, key=width) if name in finest else usual
         if stem in self.tensors:
             return [draw]
-        counts = (0, round(self.layers / 3), round(self.layers * 2 / 3)) if finest else (0, round(self.layers / 3))
+        counts = (
+            (0, round(self.layers / 3), round(self.layers / 2), round(self.layers * 2 / 3))
+            if finest
+            else (0, round(self.layers / 3))
+        )
         found = []
         for count in dict.fromkeys(c for c in counts if c in self.spares(entry)):
             more = {f"{stem}.spare": count}
