@@ -129,7 +129,8 @@ def run(model: Any, placements: Sequence[Placement], setting: Setting) -> Measur
     )
     seconds = None
     if setting.timed is not None:
-        seconds = clock.seconds(model, placements, setting.timed, setting.steps, setting.repeats)
+        # No warm-up: both sides have just run.
+        seconds = clock.seconds(model, placements, setting.timed, setting.steps, setting.repeats, warmup=0)
     recall = None
     if setting.planted is not None:
         recall = facts_.recall(model, placements, setting.planted, setting.chunk, setting.dense_recall)

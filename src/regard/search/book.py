@@ -184,14 +184,14 @@ class Book:
 
     def running(self, trials: Sequence[Any] | None = None) -> list[Any]:
         """Trials under way in living processes, repeats and dense left out."""
-        trials = self.study.get_trials(deepcopy=False) if trials is None else trials
-        under_way = [t for t in trials if t.state.name == "RUNNING" and "same_as" not in t.user_attrs and _alive(t)]
+        known = list(trials or self.study.get_trials(deepcopy=False))
+        under_way = [t for t in known if t.state.name == "RUNNING" and "same_as" not in t.user_attrs and _alive(t)]
         return [t for t in under_way if t.user_attrs.get("placements") != []]
 
     def trials(self, trials: Sequence[Any] | None = None) -> list[Any]:
         """Every trial that was measured or failed on its own account, dense included, by number."""
-        trials = self.study.get_trials(deepcopy=False) if trials is None else trials
-        over = [t for t in trials if t.state.name in ("COMPLETE", "FAIL") and not _interrupted(t)]
+        known = list(trials or self.study.get_trials(deepcopy=False))
+        over = [t for t in known if t.state.name in ("COMPLETE", "FAIL") and not _interrupted(t)]
         return [t for t in over if "same_as" not in t.user_attrs]
 
     def finished(self, trials: Sequence[Any] | None = None) -> int:

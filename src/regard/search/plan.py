@@ -37,7 +37,7 @@ class Plan:
     final_length: int = 3000
     final_windows: int = 2
     final_repeats: int = 3
-    final_members: int = 5
+    final_members: int = 4
     facts: int = 6
     calibration_tokens: int = 1024
     sampler: str = "tpe"

@@ -70,7 +70,7 @@ class Scorer:
         told = self.setting(True)
         if told.timed is None:
             return None
-        return control(self.model, told.timed, told.steps, told.repeats)
+        return control(self.model, told.timed, told.steps, told.repeats, warmup=0)
 
 
 def cut(tokens: Tensor, plan: Plan) -> Parts:

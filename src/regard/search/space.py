@@ -109,7 +109,7 @@ class Space:
         return [base, *(base | draw for draw in [*encodes, *keeps, *pairs])]
 
     def _starts(self, entry: Entry) -> list[dict[str, Any]]:
-        """First draws of one mechanism: few bits everywhere, then more on a third, half and two thirds of the layers."""
+        """First draws of one mechanism: few bits everywhere, then more on a third, half, two thirds of the layers."""
         stem, finest = entry.stem, bits(entry)
         verb = next((v for v in ("keep", "encode") if v in entry.verbs), None)
         draw: dict[str, Any] = {verb: stem} if verb else {f"use.{stem}": True}
