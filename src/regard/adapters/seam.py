@@ -97,7 +97,11 @@ class Mask:
     """The model's own mask, built when first asked for; `arguments` are transformers' own."""
 
     def __init__(self, arguments: dict[str, Any]):
-        self.arguments = arguments
+        # transformers 5.17 keeps offsets as tensors after an assisted crop, and counts them up in place.
+        self.arguments = {
+            name: value.clone() if isinstance(value, Tensor) and value.ndim == 0 else value
+            for name, value in arguments.items()
+        }
         self._dense: Any = None
         self._built = False
 
