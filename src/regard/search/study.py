@@ -5,6 +5,7 @@ again at the final length on other windows, so that what is reported was not wha
 finished trial is in the storage before the next begins.
 """
 
+import dataclasses
 import gc
 import time
 from collections.abc import Sequence
@@ -50,7 +51,7 @@ def search(
     measure: Measures | None = None,
     **settings: Any,
 ) -> Study:
-    """Search for placements on `model` that trade quality for bytes and seconds well.
+    """Search for placements on `model` that trade quality for bytes and seconds; after Ctrl-C, what was finished.
 
     Args:
         model: a transformers causal language model.
@@ -59,44 +60,36 @@ def search(
         mechanisms: names to search over; None: all that need no fitting or know how to be fitted.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
         constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
-        trials: trials in all processes together, dense not counted.
-        seconds: wall time for this process's trials; measuring the front again comes on top.
+        trials: in all processes together, dense not counted.
+        seconds: wall time of this process's trials, measuring the front again not counted.
         storage: Optuna storage URL or SQLite file; None: `out/study.db`. Several processes may share it.
-        study_name: the study in that storage; one that exists is continued.
+        study_name: the study in it; one that exists is continued.
         out: folder for `recipe.yaml`, `front/`, `study.json`, `report.html`; None: nothing is written.
-        calibration: trained tensors and sensitivities; None: computed, and cached in `out`.
+        calibration: what is known beforehand; None: computed, and cached in `out`.
         progress: show progress on standard error.
-        measure: measures placements in place of the built-in scorer.
-        settings: any other field of `Plan` (lengths, windows, repeats, seed, sampler).
-
-    Returns:
-        The Study; `study.recipe` is the chosen recipe. After Ctrl-C it holds what was finished.
+        measure: measures in place of the built-in scorer.
+        **settings: any other field of `Plan`.
 
     Raises:
-        RegardError: text too short, an unknown name, a constraint that cannot be read, or a study begun
-            with another model, text or settings.
+        RegardError: text too short, an unknown name, or a study begun with another model, text or settings.
     """
     plan = Plan.of(objectives=objectives, constraints=constraints, trials=trials, seconds=seconds, **settings)
-    if storage is None and out is None:
-        raise RegardError("a search needs a storage: give storage=..., or a folder out=... for its SQLite file")
     folder = Path(out) if out is not None else None
-    tokens = _tokens(tokenizer, text)
+    storage = storage or (folder and folder / "study.db")
+    if not storage:
+        raise RegardError("a search needs a storage: give storage=..., or out=... for an SQLite file")
+    tokens, chosen = _tokens(tokenizer, text), _mechanisms(mechanisms)
     parts = cut(tokens, plan)
-    chosen = _mechanisms(mechanisms)
-    run = _Search(model, plan, folder, Screen(progress, _shape(model)["layers"]))
+    run = _Search(model, plan, folder, progress)
     run.measure = measure or Scorer(model, tokenizer, parts, plan)
     run.told = {"model": facts.model_facts(model), "text": facts.text_digest(tokens), "tokens": len(tokens)}
     try:
         run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen)
-        space = Space(tuple(chosen), run.shape["layers"], run.calibration.order(), run.calibration.tensors)
-        run.open(storage or (folder or Path()) / "study.db", study_name, space)
+        run.open(storage, study_name, chosen)
         run.trials()
         run.finals()
     except KeyboardInterrupt:
-        if run.book is None:
-            raise
-        run.interrupted = True
-        run.screen.console.print("[yellow]interrupted[/]: finished trials are kept; run again to continue")
+        run.interrupt()
     return run.result()
 
 
@@ -109,9 +102,9 @@ class _Search:
     book: Book | None = None
     interrupted = False
 
-    def __init__(self, model: Any, plan: Plan, folder: Path | None, screen: Screen):
-        self.model, self.plan, self.folder, self.screen = model, plan, folder, screen
-        self.shape = _shape(model)
+    def __init__(self, model: Any, plan: Plan, folder: Path | None, progress: bool):
+        self.model, self.plan, self.folder, self.shape = model, plan, folder, _shape(model)
+        self.screen = Screen(progress, self.shape["layers"])
 
     def calibrate(self, tokens: Tensor, chosen: Sequence[Entry]) -> Calibration:
         """Fit and probe, with a bar; cached in the folder."""
@@ -128,8 +121,9 @@ class _Search:
                 progress=lambda name, done, total: bar.at(done, total, name),
             )
 
-    def open(self, storage: str | Path, name: str, space: Space) -> None:
+    def open(self, storage: str | Path, name: str, chosen: Sequence[Entry]) -> None:
         """Open or continue the study."""
+        space = Space(tuple(chosen), self.shape["layers"], self.calibration.order(), self.calibration.tensors)
         larger = [SCORES[o][1] for o in self.plan.objectives]
         self.book = Book(storage, name, space, larger, seed=self.plan.seed, sampler=self.plan.sampler)
         told = {"model": self.told["model"]["digest"], "text": self.told["text"], "plan": self.plan.fixed()}
@@ -195,9 +189,14 @@ class _Search:
             if "control" not in self.book.noted():
                 control = self.measure.control()
                 if control is not None:
-                    import dataclasses
-
                     self.book.note("control", dataclasses.asdict(control))
+
+    def interrupt(self) -> None:
+        """Say that finished trials are kept; before there are any, let the interruption through."""
+        if self.book is None:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.screen.console.print("[yellow]interrupted[/]: finished trials are kept; run again to continue")
 
     def rows(self) -> tuple[Row, ...]:
         """Every trial of the study."""
