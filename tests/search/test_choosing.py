@@ -229,3 +229,18 @@ def test_members_are_on_the_front_and_hold_the_best():
     assert picked[0] == got.chosen
     assert {r.number for r in picked} <= {r.number for r in got.front}
     assert members(study([DENSE], ""), 4) == []
+
+
+def test_every_combination_that_meets_the_constraints_is_measured_again():
+    """A beaten row of another mechanism may be the better one at length: short trials flatter windows."""
+    other = Row(
+        9,
+        [{"mechanism": "o", "layers": "all", "heads": "all", "options": {}}],
+        None,
+        row(9, 0.05, 0.35).measurement,
+        1.0,
+    )
+    rows = [DENSE, row(1, 0.02, 0.3), row(2, 0.04, 0.2), row(3, 0.1, 0.1), other]
+    got = study(rows, "bytes<=0.4")
+    assert other not in got.front
+    assert members(got, 3)[:2] == [rows[1], other]

@@ -75,7 +75,9 @@ def table(study: Study) -> Table:
     for name in heads:
         made.add_column(name, justify="right", no_wrap=True)
     made.add_column("what", overflow="fold", ratio=1)
-    for row in study.front:
+    for row in sorted(
+        {r.number: r for r in (*study.front, *study.contenders)}.values(), key=lambda r: r.scores["bytes"]
+    ):
         mark = "[green]*[/]" if chosen is not None and row.number == chosen.number else ""
         cells = [mark, str(row.number), f"{row.scores['kl']:.4f}", f"{row.scores['bytes']:.1%}"]
         late = row.final_scores

@@ -90,15 +90,19 @@ class Study:
         return sorted(found, key=lambda r: costs(r.scores, self.objectives))
 
     @property
+    def contenders(self) -> list[Row]:
+        """Rows the choice is made from: those measured at the final length; before there are any, the front."""
+        finals = [r for r in self.rows if r.final and not r.dense]
+        return finals or [r for r in self.front if not r.dense]
+
+    @property
     def chosen(self) -> Row | None:
         """The row to deploy: it meets all constraints at the final length and is best there.
 
         Best in the first objective that no constraint bounds (in the first, if all are bounded). Before
         anything was measured at the final length, the trials' length decides. Dense is never chosen.
         """
-        finals = [r for r in self.front if r.final and not r.dense]
-        pool = finals or [r for r in self.front if not r.dense]
-        good = [r for r in pool if self.meets(r)]
+        good = [r for r in self.contenders if self.meets(r)]
         if not good:
             return None
         bounded = {c.name for c in self.constraints}
@@ -113,10 +117,10 @@ class Study:
         return all(c.met(scores) for c in self.constraints)
 
     def nearest(self) -> dict[str, tuple[float, int]]:
-        """For each constraint the best value on the front (dense left out) and the row that has it."""
+        """For each constraint the best value among the contenders and the row that has it."""
         found: dict[str, tuple[float, int]] = {}
         for constraint in self.constraints:
-            told = [(r.final_scores or r.scores, r.number) for r in self.front if not r.dense]
+            told = [(r.final_scores or r.scores, r.number) for r in self.contenders]
             told = [(scores, number) for scores, number in told if constraint.name in scores]
             if told:
                 scores, number = min(told, key=lambda item: constraint.violation(item[0]))
@@ -128,7 +132,7 @@ class Study:
         if self.chosen is not None or not self.constraints:
             return None
         asked = " and ".join(map(str, self.constraints))
-        pool = [r for r in self.front if not r.dense]
+        pool = self.contenders
         if not pool:
             return f"nothing meets {asked}: no trial could be measured"
         near = min(pool, key=lambda r: distance(self.constraints, r.final_scores or r.scores))
@@ -205,8 +209,8 @@ class Study:
         put(folder / "report.html", render(told))
         for old in [*(folder / "front").glob("trial-*.*"), folder / "recipe.yaml", folder / "recipe.safetensors"]:
             old.unlink(missing_ok=True)  # of an earlier run: must not be taken for this one's
-        for row in self.front:
-            if not row.dense:
+        for row in self.rows:
+            if not row.dense and (row.final or row in self.front):
                 self.recipe_of(row).save(folder / "front" / f"trial-{row.number:03d}.yaml")
         if self.chosen is not None:
             self.recipe_of(self.chosen).save(folder / "recipe.yaml")
@@ -235,19 +239,25 @@ def knee(rows: Sequence[Row], objectives: Sequence[str]) -> Row:
 
 
 def members(study: Study, count: int) -> list[Row]:
-    """Which front rows to measure again: those that meet the constraints or nearly do, then a spread.
+    """Which rows to measure again, dense left out: at most `count`, from three sources in turn.
 
-    The best row that meets them comes first; dense is left out (its figures are known).
+    The best row that meets the constraints; the best such row of every other combination of mechanisms,
+    because short trials flatter those that drop tokens, and length may turn the order round; then a
+    spread of the front, beginning with the row nearest to the constraints.
     """
-    pool = [r for r in study.front if not r.dense]
-    if not pool:
-        return []
+    pool = [r for r in study.rows if r.measurement is not None and not r.dense]
     table = [costs(r.scores, study.objectives) for r in pool]
-    ranked = sorted(range(len(pool)), key=lambda i: (distance(study.constraints, pool[i].scores), table[i]))
-    best = study.chosen if study.chosen in pool else None
-    first = ([pool.index(best)] if best else []) + ranked
-    head = list(dict.fromkeys(first))[: max(1, (count + 1) // 2)]
-    return [pool[i] for i in spread_out(table, head, count)]
+    away = [distance(study.constraints, r.scores) for r in pool]
+    best = study.chosen
+    ranked = sorted(range(len(pool)), key=lambda i: (pool[i] is not best, away[i], table[i]))
+    picked: dict[frozenset[str], int] = {}
+    for i in ranked:
+        if study.constraints and away[i] == 0:
+            picked.setdefault(frozenset(p["mechanism"] for p in pool[i].placements), i)
+    on_front = [i for i in ranked if pool[i] in study.front]
+    head = list(picked.values())[:count] or on_front[:1]
+    rows = [pool[i] for i in dict.fromkeys([*head, *on_front])]
+    return [rows[i] for i in spread_out([costs(r.scores, study.objectives) for r in rows], range(len(head)), count)]
 
 
 def put(path: Path, text: str) -> None:

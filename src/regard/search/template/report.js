@@ -49,7 +49,7 @@ function headline() {
   const asked = S.constraints.map((c) => `${c.name} ${c.sign.replace("<=", "≤").replace(">=", "≥")} ${c.bound}`).join(" and ");
   const parts = [`${measured.filter((r) => !r.dense).length} recipes measured against the model's own attention at ${count(trialLength)} tokens`];
   if (failed.length) parts[0] += ` (${failed.length} more failed)`;
-  if (finalLength) parts.push(`${rows.filter((r) => r.final).length} of the front measured again at ${count(finalLength)} tokens on text that chose nothing`);
+  if (finalLength) parts.push(`${rows.filter((r) => r.final).length} of them measured again at ${count(finalLength)} tokens on text that chose nothing`);
   $("lede").textContent = parts.join("; ") + "." + (asked ? ` Asked for: ${asked}.` : "") + (S.interrupted ? " The search was interrupted." : "");
 }
 function tile(name, row) {
@@ -226,7 +226,7 @@ function detail() {
     kids.push(h("table", {}, h("thead", {}, h("tr", {}, h("th", {}), cols.map((told) => h("th", { scope: "col" }, `${count(told.length)} tokens`)))), h("tbody", {}, names.map(line))));
     const windows = (r.final || r.measurement).quality.windows;
     if (windows.length > 1 && !r.dense) kids.push(h("p", { class: "note", style: "margin:12px 0 0;font-size:13px" }, "Windows: " + windows.map((w) => `KL ${show("kl", w.kl)} (last half ${show("kl", w.kl_last_half)}) at token ${count(w.start)}`).join("; ") + "."));
-    if (r.front && !r.dense) kids.push(h("code", {}, `regard run MODEL --recipe ${r === chosen ? "recipe.yaml" : `front/trial-${String(r.number).padStart(3, "0")}.yaml`}`));
+    if ((r.front || r.final) && !r.dense) kids.push(h("code", {}, `regard run MODEL --recipe ${r === chosen ? "recipe.yaml" : `front/trial-${String(r.number).padStart(3, "0")}.yaml`}`));
   }
   box.replaceChildren(...kids);
 }
