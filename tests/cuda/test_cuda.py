@@ -36,21 +36,42 @@ def test_fused_attention_and_all_gradients(dtype, T, S, pattern, padded):
         places = {"k_positions": arrivals, "q_positions": arrivals[:, S - T :]}
     rule = {"pattern": PATTERNS[pattern], "causal": PATTERNS[pattern] is not None}
 
-    def run(tensors, where, **more):
+    def run(tensors, where, attention):
         q, k, v = (x.detach().to(where).requires_grad_() for x in tensors[:3])
-        out, lse = regard.attend(q, k, v, **rule, **{n: p.to(q.device) for n, p in places.items()}, **more)
-        seen = lse > -torch.inf
+        out, lse = attention(q, k, v)
+        real = places["q_positions"].to(q.device)[:, None] >= 0 if padded else torch.ones_like(lse, dtype=torch.bool)
+        seen = (lse > -torch.inf) & real
         loss = (out.double() * tensors[3].to(q.device)).sum()
         loss = loss + (lse.double().masked_fill(~seen, 0) * tensors[4].to(q.device)).sum()
         return [out, lse.masked_fill(~seen, 0), *torch.autograd.grad(loss, (q, k, v))]
 
-    truth = run(exact, torch.device("cpu"), backend="reference")
-    plain = run([x.to(dtype).cuda() for x in exact[:3]] + exact[3:], "cuda", backend="reference")
-    fused = run([x.to(dtype).cuda() for x in exact[:3]] + exact[3:], "cuda", backend="sdpa")
-    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), truth, plain, fused, strict=True):
+    def attend(backend):
+        here = lambda q: {name: place.to(q.device) for name, place in places.items()}  # noqa: E731
+        return lambda q, k, v: regard.attend(q, k, v, **rule, **here(q), backend=backend)
+
+    def plain(q, k, v):
+        # Low-precision code as anyone would write it: what it errs is what a kernel may err.
+        rows = places.get("q_positions", torch.arange(S - T, S)[None])
+        keys = places.get("k_positions", torch.arange(S)[None])
+        known = PATTERNS[pattern]
+        seen = known.allow(rows, keys, 2) if known else ((keys >= 0)[:, None] & (rows >= 0)[..., None])[:, None]
+        seen = seen.to(q.device)
+        seen = seen.repeat_interleave(2, 1) if seen.shape[1] == 2 else seen
+        scores = (q @ k.repeat_interleave(2, 1).mT) * 64**-0.5
+        scores = scores.masked_fill(~seen, -torch.inf)
+        empty = ~seen.any(-1, keepdim=True)
+        weights = scores.masked_fill(empty, 0).softmax(-1).masked_fill(empty, 0)
+        return weights @ v.repeat_interleave(2, 1), scores.masked_fill(empty, 0).logsumexp(-1)
+
+    low = [x.to(dtype).cuda() for x in exact[:3]] + exact[3:]
+    truth = run(exact, "cpu", attend("reference"))
+    usual = run(low, "cuda", plain)
+    fused = run(low, "cuda", attend("sdpa"))
+    for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), truth, usual, fused, strict=True):
         floor = torch.finfo(dtype).eps * float(a.abs().max())
-        allowed = 3 * float((b.double().cpu() - a).abs().max()) + 2 * floor
-        assert float((c.double().cpu() - a).abs().max()) <= allowed, name
+        allowed = 2 * float((b.double().cpu() - a).abs().max()) + 8 * floor
+        error = float((c.double().cpu() - a).abs().max())
+        assert error <= allowed, name
 
 
 @pytest.mark.parametrize("stem", MECHANISMS)

@@ -165,6 +165,10 @@ def _backward(
     )[:3]
 
 
+# Stands where a tensor was: autograd saves those apart, and None is an answer of some kernels.
+_TENSOR = object()
+
+
 class _Fused(torch.autograd.Function):
     """The kernels with gradients of both results."""
 
@@ -173,7 +177,7 @@ class _Fused(torch.autograd.Function):
         out, lse, extra = _forward(q, k, v, added, square, scale)
         ctx.set_materialize_grads(False)
         tensors = [x for x in extra if isinstance(x, Tensor)]
-        ctx.extra = tuple(None if isinstance(x, Tensor) else x for x in extra)
+        ctx.extra = tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
         ctx.save_for_backward(q, k, v, added, empty, out, lse, *tensors)
         ctx.square, ctx.scale = square, scale
         return _blank(out, lse, empty)
@@ -183,7 +187,7 @@ class _Fused(torch.autograd.Function):
     def backward(ctx: Any, dout, dlse):
         q, k, v, added, empty, out, lse, *tensors = ctx.saved_tensors
         left = iter(tensors)
-        extra = tuple(next(left) if x is None else x for x in ctx.extra)
+        extra = tuple(next(left) if x is _TENSOR else x for x in ctx.extra)
         dout = torch.zeros_like(out) if dout is None else dout
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if empty is not None:
@@ -207,7 +211,9 @@ def _fold(out: Tensor, dout: Tensor, dlse: Tensor) -> Part:
     shift = dlse / exact.square().sum(-1)
     folded = (out.to(dlse.dtype) - shift[..., None] * exact).to(out.dtype)
     good = torch.isfinite(folded).all(-1)
-    return torch.where(good[..., None], folded, out), dlse.masked_fill(good, 0)
+    # The memory-efficient kernel reads it with the strides that its own out has.
+    stand_in = torch.empty_like(out).copy_(torch.where(good[..., None], folded, out))
+    return stand_in, dlse.masked_fill(good, 0)
 
 
 def _lse_gradients(q: Tensor, k: Tensor, dlse: Tensor, added: Tensor | None, square: bool, scale: float) -> Part:
