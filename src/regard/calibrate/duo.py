@@ -5,7 +5,8 @@ streaming attention; only the gates learn. The text is real, with passkeys hidde
 asks for, so that heads which fetch from afar show.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -59,32 +60,37 @@ def fit(
         raise RegardError(f"sink {sink} + recent {recent} see too much of {length} tokens to tell heads apart")
     rate = max(0.02, 1.6 / steps) if peak is None else peak
     drawn = torch.Generator().manual_seed(seed)
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    mode = model.training
+    device = next(model.parameters()).device
+    teacher = _Blend(Pattern.sink(sink) | Pattern.window(recent))
+    with _frozen(model), intercept(model, teacher.run) as decoder:
+        gates = torch.ones(decoder.layers, decoder.kv_heads, requires_grad=True)
+        optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = learning_rate(step, steps, rate)
+            text, answers = passkeys(tokens, length, drawn)
+            full, blended = teacher.both(decoder.module, text[None].to(device), gates)
+            loss = distillation_loss(full, blended, gates, answers=answers[None].to(device), weight=weight)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            with torch.no_grad():
+                gates.clamp_(0, 1)
+            if progress is not None:
+                progress(step + 1, steps)
+    return {"gates": gates.detach().clone()}
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No weight of `model` learns inside, and it evaluates; both are put back."""
+    learning, mode = [p for p in model.parameters() if p.requires_grad], model.training
     try:
         model.eval().requires_grad_(False)
-        teacher = _Blend(Pattern.sink(sink) | Pattern.window(recent))
-        with intercept(model, teacher.run) as decoder:
-            gates = torch.ones(decoder.layers, decoder.kv_heads, requires_grad=True)
-            optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
-            for step in range(steps):
-                optimiser.param_groups[0]["lr"] = learning_rate(step, steps, rate)
-                text, answers = passkeys(tokens, length, drawn)
-                device = next(model.parameters()).device
-                full, blended = teacher.both(decoder.module, text[None].to(device), gates)
-                loss = distillation_loss(full, blended, gates, answers=answers[None].to(device), weight=weight)
-                optimiser.zero_grad()
-                loss.backward()
-                optimiser.step()
-                with torch.no_grad():
-                    gates.clamp_(0, 1)
-                if progress is not None:
-                    progress(step + 1, steps)
+        yield
     finally:
-        for parameter in frozen:
+        for parameter in learning:
             parameter.requires_grad_(True)
         model.train(mode)
-    return {"gates": gates.detach().clone()}
 
 
 class _Blend:
