@@ -82,6 +82,9 @@ def test_points_rows_and_opening(page, study):
     assert page.locator("#trials tbody tr").count() == len(study.rows)
     assert page.locator(".point.chosen[data-trial]").get_attribute("data-trial") == str(study.chosen.number)
     assert "Trial" in page.locator("#detail h3").inner_text()
+    wide = "e => e.scrollWidth - e.clientWidth"
+    assert page.locator("#detail").evaluate(wide) <= 0
+    assert page.locator("html").evaluate(wide) <= 0
 
 
 def test_a_click_selects_and_the_picture_follows(page, study):

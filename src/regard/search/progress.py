@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -62,31 +62,35 @@ def figures(scores: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def table(study: Study) -> Table:
-    """The front for the terminal: what the trials said, then what was measured again; the chosen row is marked."""
+def table(study: Study) -> Group:
+    """The front for the terminal: what the trials said, what was measured again, and then what each row is.
+
+    The chosen row is marked. Words stand below the figures: beside them a narrow terminal folds them to shreds.
+    """
     chosen = study.chosen
-    made = Table(title="Front", title_justify="left", header_style="bold", box=None, pad_edge=False)
-    first = next((r.measurement["length"] for r in study.front if r.measurement), 0)
-    again = next((r.final["length"] for r in study.front if r.final), None)
-    extras = [n for n in ("prefill", "decode", "recall") if any(n in (r.final_scores or r.scores) for r in study.front)]
-    heads = ["trial", f"KL at {first:,}", "bytes"]
-    heads += [f"KL at {again:,}", "bytes", *extras] if again else extras
-    made.add_column("")
-    for name in heads:
+    rows = {r.number: r for r in (*study.front, *study.contenders)}.values()
+    first = next((r.measurement["length"] for r in rows if r.measurement), 0)
+    again = next((r.final["length"] for r in rows if r.final), None)
+    extras = [n for n in ("prefill", "decode", "recall") if any(n in (r.final_scores or r.scores) for r in rows)]
+    heads = ["trial", f"KL at {first:,}", "bytes", *([f"KL at {again:,}", "bytes"] if again else []), *extras]
+    made = Table(header_style="bold", box=None, pad_edge=False)
+    for name in ["", *heads]:
         made.add_column(name, justify="right", no_wrap=True)
-    made.add_column("what", overflow="fold", ratio=1)
-    for row in sorted(
-        {r.number: r for r in (*study.front, *study.contenders)}.values(), key=lambda r: r.scores["bytes"]
-    ):
+    lines = []
+    for row in sorted(rows, key=lambda r: r.scores["bytes"]):
         mark = "[green]*[/]" if chosen is not None and row.number == chosen.number else ""
         cells = [mark, str(row.number), f"{row.scores['kl']:.4f}", f"{row.scores['bytes']:.1%}"]
         late = row.final_scores
         if again:
             cells += [f"{late['kl']:.4f}", f"{late['bytes']:.1%}"] if late else ["", ""]
         scores = late if again else row.scores
-        for name in extras:
-            cells.append(
-                "" if name not in scores else f"{scores[name]:.0%}" if name == "recall" else f"{scores[name]:.2f}x"
-            )
-        made.add_row(*cells, words(row.placements, study.layers))
-    return made
+        cells += [_extra(name, scores) for name in extras]
+        made.add_row(*cells)
+        lines.append(f"{mark or ' '} {row.number:>4}  {words(row.placements, study.layers)}")
+    return Group("", made, "", *lines, "")
+
+
+def _extra(name: str, scores: dict[str, float]) -> str:
+    if name not in scores:
+        return ""
+    return f"{scores[name]:.0%}" if name == "recall" else f"{scores[name]:.2f}x"

@@ -223,7 +223,7 @@ function detail() {
     const cols = [r.measurement, r.final].filter(Boolean);
     const line = (n) => h("tr", {}, h("th", { scope: "row" }, NAMES[n]), cols.map((told) => h("td", {}, show(n, told.scores[n]), spreadOf(told, n) ? h("small", {}, spreadOf(told, n)) : null)));
     const names = Object.keys(S.scores).filter((n) => cols.some((told) => told.scores[n] !== undefined));
-    kids.push(h("table", {}, h("thead", {}, h("tr", {}, h("th", {}), cols.map((told) => h("th", { scope: "col" }, `${count(told.length)} tokens`)))), h("tbody", {}, names.map(line))));
+    kids.push(h("table", {}, h("thead", {}, h("tr", {}, h("th", {}), cols.map((told) => h("th", { scope: "col" }, `at ${count(told.length)}`)))), h("tbody", {}, names.map(line))));
     const windows = (r.final || r.measurement).quality.windows;
     if (windows.length > 1 && !r.dense) kids.push(h("p", { class: "note", style: "margin:12px 0 0;font-size:13px" }, "Windows: " + windows.map((w) => `KL ${show("kl", w.kl)} (last half ${show("kl", w.kl_last_half)}) at token ${count(w.start)}`).join("; ") + "."));
     if ((r.front || r.final) && !r.dense) kids.push(h("code", {}, `regard run MODEL --recipe ${r === chosen ? "recipe.yaml" : `front/trial-${String(r.number).padStart(3, "0")}.yaml`}`));
@@ -275,8 +275,8 @@ function picture() {
 let sorting = { key: "number", down: false };
 const columns = [
   { key: "number", name: "trial", of: (r) => r.number, text: (r) => (r === chosen ? "★ " : "") + r.number },
-  ...Object.keys(S.scores).filter((n) => ["kl", "kl_last_half", "top1", "bytes", "prefill", "decode", "recall"].includes(n) && measured.some((r) => r.scores[n] !== undefined)).map((n) => ({ key: n, name: { kl: "KL", kl_last_half: "last half", top1: "top-1" }[n] || n, of: (r) => r.scores[n], text: (r) => show(n, r.scores[n]) })),
-  ...(finalLength ? ["kl", "bytes", "decode", "recall"].filter((n) => rows.some((r) => r.final_scores[n] !== undefined)).map((n) => ({ key: "final_" + n, name: `${n === "kl" ? "KL" : n} @${count(finalLength)}`, of: (r) => r.final_scores[n], text: (r) => (r.final ? show(n, r.final_scores[n]) : "") })) : []),
+  ...Object.keys(S.scores).filter((n) => ["kl", "top1", "bytes", "prefill", "decode", "recall"].includes(n) && measured.some((r) => r.scores[n] !== undefined)).map((n) => ({ key: n, name: { kl: "KL", kl_last_half: "last half", top1: "top-1" }[n] || n, of: (r) => r.scores[n], text: (r) => show(n, r.scores[n]) })),
+  ...(finalLength ? ["kl", "bytes", "decode"].filter((n) => rows.some((r) => r.final_scores[n] !== undefined)).map((n) => ({ key: "final_" + n, name: `${n === "kl" ? "KL" : n} at ${count(finalLength)}`, of: (r) => r.final_scores[n], text: (r) => (r.final ? show(n, r.final_scores[n]) : "") })) : []),
   { key: "words", name: "what", of: (r) => r.words, cls: "text" },
 ];
 function trials() {
@@ -301,9 +301,9 @@ function how() {
   const timed = (anyFinal && anyFinal.final.seconds) || (measured.find((r) => r.measurement.seconds) || { measurement: {} }).measurement.seconds;
   if (timed) {
     const c = S.control, own = c ? ` Dense against itself, timed the same way: prefill ${c.prefill.ratio.median.toFixed(3)}× (${c.prefill.ratio.low.toFixed(2)} to ${c.prefill.ratio.high.toFixed(2)}), decode ${c.decode.ratio.median.toFixed(3)}× (${c.decode.ratio.low.toFixed(2)} to ${c.decode.ratio.high.toFixed(2)}). A difference smaller than that is noise.` : "";
-    box.append(h("h3", {}, "Seconds"), h("p", {}, `${timed.repeats} interleaved pairs with dense after a warm-up, prefill of ${count(timed.context)} tokens and ${timed.steps} single-token steps each; the ratio is the median over pairs, the range is the lowest and highest pair.${own}`));
+    box.append(h("h3", {}, "Seconds"), h("p", {}, `${timed.repeats} interleaved pairs with dense, right after both sides had run: prefill of ${count(timed.context)} tokens and ${timed.steps} single-token steps each; the ratio is the median over pairs, the range is the lowest and highest pair.${own}`));
   }
-  box.append(h("h3", {}, "Windows"), h("p", {}, `The text's ${count(f.tokens || 0)} tokens are cut in three: one part to fit on, one to choose on (${plan.windows || ""} disjoint windows), one to report on (${plan.final_windows || ""} disjoint windows of ${count(plan.final_length || 0)} tokens). No figure comes from text a recipe was fitted to; the figures at ${count(plan.final_length || 0)} tokens come from text that chose nothing.`));
+  box.append(h("h3", {}, "Windows"), h("p", {}, `The text's ${count(f.tokens || 0)} tokens are cut in three: one part to fit on, one to choose on (${plan.windows || ""} disjoint windows), one to report on (${plan.final_windows || ""} disjoint windows of ${count(plan.final_length || 0)} tokens). No figure comes from text a recipe was fitted to; the figures at ${count(plan.final_length || 0)} tokens come from text that chose nothing. Mechanisms that drop tokens lose less in short trials than in long texts, so the best row of every combination that meets the constraints is measured again, and the choice is made there.`));
   const versions = Object.entries(m.versions || {}).filter((v) => v[1]).map(([k, v]) => `${k} ${v}`).join(", ");
   const bad = Object.entries(f.failed_finals || {}).map(([k, v]) => `trial ${k}: ${v}`).join("; ");
   box.append(h("h3", {}, "Facts"), list([
