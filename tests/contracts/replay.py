@@ -59,6 +59,10 @@ class Everything:
             outs.append((out if value_codec is None else value_codec.output(out), lse))
         return torch.cat([out for out, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
 
+    @property
+    def removable(self) -> int:
+        return self.length
+
     def record(self) -> None: ...
 
     def crop(self, length: int) -> None:

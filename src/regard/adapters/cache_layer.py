@@ -1,16 +1,19 @@
-"""Any Store, shown to transformers as one layer of its cache."""
+"""Any Store, shown to transformers as one layer of its cache, and the cache of such layers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Store, View
+
+# torch.compile leaves stores to Python: their shapes change with every token.
+eager: Callable[[Any], Any] = torch.compiler.disable
 
 
 class StoreView:
@@ -49,6 +52,7 @@ class StoreLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Stores allocate when first written."""
 
+    @eager
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         """Write `key_states`, `value_states [B, Hk, T, *]`; the returned view takes their place."""
         if self.step is None:
@@ -79,9 +83,8 @@ class StoreLayer(CacheLayerMixin):
         self.store.record()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17)."""
-        length = self.store.length
-        self.store.crop(length + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, length))
+        """Drop the last `-tokens_to_remove` tokens."""
+        self.store.crop(self.store.length + tokens_to_remove)
         if self.record_past:
             self.store.record()
 
@@ -118,6 +121,61 @@ class StoreLayer(CacheLayerMixin):
     def storages(self) -> Iterator[Tensor]:
         """Every tensor of the store that keeps memory alive."""
         return self.store.storages()
+
+    def raw(self) -> Iterator[Tensor]:
+        """Those of `storages` that hold keys or values as they come."""
+        return self.store.raw()
+
+
+class StoreCache(DynamicCache):
+    """A DynamicCache some of whose layers are StoreLayers.
+
+    `recipe` is the digest of the placements it was made under; `prompt` where its prompt ended, None while
+    the prompt lasts.
+    """
+
+    recipe: str
+    prompt: int | None = None
+
+    @classmethod
+    def of(cls, cache: DynamicCache, layers: Mapping[int, StoreLayer], recipe: str) -> "StoreCache":
+        """The same, still empty cache object (its user holds it), with `layers` put in."""
+        cache.__class__ = cls
+        assert isinstance(cache, StoreCache)
+        for index, layer in layers.items():
+            cache.layers[index] = layer
+        cache.recipe = recipe
+        return cache
+
+    def store_layers(self) -> Iterator[StoreLayer]:
+        """The layers that are attached."""
+        return (layer for layer in self.layers if isinstance(layer, StoreLayer))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17).
+
+        Raises:
+            RegardError: a layer has already evicted what would be needed; no layer has changed.
+        """
+        length = next(self.store_layers()).store.length
+        gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
+        removable = min(layer.store.removable for layer in self.store_layers())
+        if gone > removable:
+            raise RegardError(
+                f"cannot remove the last {gone} of {length} tokens: {removable} can be removed, layers under recipe "
+                f"{self.recipe} evicted what comes before; call activate_past_recording() before forwards to undo"
+            )
+        super().crop(-gone)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.prompt = None
+        for layer in self.layers:
+            # The model's own layers: transformers 5.17 would keep their length, and zeros.
+            if isinstance(layer, CacheLayerMixin) and not isinstance(layer, StoreLayer):
+                layer.keys = layer.values = None
+                layer.is_initialized = False
 
 
 def _rows(store: Store) -> int | None:

@@ -131,6 +131,8 @@ def open_decoder(model: nn.Module) -> Decoder:
         RegardError: the model has no such stack, or several, or shares keys between layers; the message
             says what was looked for and not found.
     """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise RegardError(f"{type(model).__name__} is an encoder-decoder; regard opens decoder-only models")
     stacks = _stacks(model)
     if len(stacks) != 1:
         found = ", ".join(type(owner).__name__ for owner, _, _ in stacks) or "none"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from regard.adapters import seam
 from regard.adapters.bind import bind
-from regard.adapters.cache_layer import StoreView
+from regard.adapters.cache_layer import StoreView, eager
 from regard.adapters.families import Decoder, open_decoder
 from regard.adapters.memory import live_bytes
 from regard.adapters.requests import Requests
@@ -44,7 +44,20 @@ def install(
     implementation = decoder.config._attn_implementation or "eager"
     for part in decoder.attentions:
         seam.own_attention(part, implementation)
-    return Handle(model, decoder, bind(placements, decoder), implementation, digest(placements))
+    slots = bind(placements, decoder)
+    if any(slots):
+        _refuse_prompt_learning(model)
+    return Handle(model, decoder, slots, implementation, digest(placements))
+
+
+def _refuse_prompt_learning(model: nn.Module) -> None:
+    for part in model.modules():
+        adapter = getattr(part, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise RegardError(
+                f"PEFT's {adapter.peft_type.value} puts tokens of its own before every prompt, which is not opened "
+                "yet; adapters that change weights (LoRA and its kin) are"
+            )
 
 
 def digest(placements: Iterable[Placement]) -> str:
@@ -110,7 +123,7 @@ class Handle:
     @property
     def nbytes(self) -> int:
         """Bytes of the live storages of every cache made under this handle and still alive."""
-        return sum(live_bytes(cache) for cache in self._requests.prompts)
+        return sum(live_bytes(cache) for cache in self._requests.caches)
 
     def responding(self) -> AbstractContextManager[None]:
         """Rows of forwards inside are response rows, as those that `generate` adds are; others are prompt rows."""
@@ -128,15 +141,19 @@ class Handle:
                 start = stop
         return "\n".join(lines)
 
+    @eager
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if torch.compiler.is_compiling():
-            raise RegardError("torch.compile of a model with mechanisms attached is not supported; run it eagerly")
         names = list(inspect.signature(type(module).forward).parameters)[1:]
         given = dict(zip(names, args, strict=False)) | kwargs
         if given.get("output_attentions"):
             raise RegardError("output_attentions asks for weights, which attached layers never build")
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise RegardError("gradient checkpointing runs layers twice, which stores cannot; switch it off")
+        if _packed(given):
+            raise RegardError(
+                "position_ids jump inside a row (packed sequences), which stores cannot tell apart; "
+                "give each sequence a row of its own"
+            )
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         given["past_key_values"] = self._requests.begin(
@@ -145,6 +162,15 @@ class Handle:
         return (), given
 
 
+def _packed(given: dict[str, Any]) -> bool:
+    """Whether transformers would take rows apart: positions that jump, without a mask and without a cache."""
+    positions = given.get("position_ids")
+    if given.get("attention_mask") is not None or given.get("past_key_values") is not None:
+        return False
+    return positions is not None and positions.ndim == 2 and bool((positions.diff(dim=1) != 1).any())
+
+
+@eager
 def _from_store(call: seam.Call) -> Tensor:
     if not isinstance(call.key, StoreView):
         raise RegardError(f"layer {call.seat.layer} got keys around its store; a mechanism there would be bypassed")

@@ -18,6 +18,15 @@ def tensors(cache: Any) -> Iterator[Tensor]:
             yield from (part for part in vars(layer).values() if isinstance(part, Tensor) and part.ndim == 4)
 
 
+def raw_tensors(cache: Any) -> Iterator[Tensor]:
+    """Those of `tensors` that hold keys or values as they come."""
+    for layer in cache.layers:
+        if isinstance(layer, StoreLayer):
+            yield from layer.raw()
+        else:
+            yield from (part for name in ("keys", "values") if isinstance(part := getattr(layer, name, None), Tensor))
+
+
 def live_bytes(cache: Any, raw_itemsize: int | None = None) -> int:
     """Bytes of the live storages behind `cache`, each counted once.
 
@@ -26,20 +35,13 @@ def live_bytes(cache: Any, raw_itemsize: int | None = None) -> int:
         raw_itemsize: bytes to count for one element of keys and values stored as they come. None counts
             what is allocated; 2 says what the same cache takes in a bf16 model (codes and scales stay).
     """
-    seen: dict[int, int] = {}
-    for tensor in tensors(cache):
-        storage = tensor.untyped_storage()
-        size = storage.nbytes()
-        if raw_itemsize is not None and is_raw(tensor):
-            size = size // tensor.element_size() * raw_itemsize
-        seen[storage.data_ptr()] = size
+    seen = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in tensors(cache)}
+    if raw_itemsize is not None:
+        for part in raw_tensors(cache):
+            storage = part.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes() // part.element_size() * raw_itemsize
     seen.pop(0, None)
     return sum(seen.values())
-
-
-def is_raw(tensor: Tensor) -> bool:
-    """Whether `tensor [B, Hk, S, D]` holds keys or values as they come: floats, and not one scale a vector."""
-    return tensor.is_floating_point() and tensor.ndim == 4 and tensor.shape[-1] > 2
 
 
 def dense_bytes(model: nn.Module, batch: int, length: int, itemsize: int = 2) -> int:

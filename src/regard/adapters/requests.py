@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from regard.adapters.cache_layer import StoreLayer
+from regard.adapters.cache_layer import StoreCache, StoreLayer
 from regard.adapters.families import Decoder
 from regard.core.errors import RegardError
 from regard.core.slots import Slots
@@ -30,8 +30,8 @@ class Requests:
 
     def __init__(self, decoder: Decoder, config: Any, slots: tuple[Slots | None, ...], recipe: str):
         self._decoder, self._config, self._slots, self._recipe = decoder, config, slots, recipe
-        # A cache lives as long as its user holds it; its value is where its prompt ended, None while it lasts.
-        self.prompts: WeakKeyDictionary[Cache, int | None] = WeakKeyDictionary()
+        # A cache lives as long as its user holds it.
+        self.caches: WeakSet[StoreCache] = WeakSet()
         self._responding = False
         self._prompt: int | None = None
         self._running: list[StoreLayer] = []
@@ -63,13 +63,18 @@ class Requests:
         """`_prepare_cache_for_generation`, adopting the cache at birth: what it is asked then must reach its stores."""
 
         def prepared(generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+            kind = getattr(generation_config, "cache_implementation", None)
+            if kind not in (None, "dynamic", "dynamic_full"):
+                raise RegardError(
+                    f"cache_implementation={kind!r} cannot hold regard's stores; leave it out, or say 'dynamic'"
+                )
             prepare(generation_config, model_kwargs, *args, **kwargs)
             if (cache := model_kwargs.get("past_key_values")) is not None:
                 self._adopt(cache)
 
         return prepared
 
-    def begin(self, tokens: Tensor, cache: Cache | None, mask: Tensor | None) -> Cache:
+    def begin(self, tokens: Tensor, cache: Cache | None, mask: Tensor | None) -> StoreCache:
         """Start a forward of `tokens [B, T, ...]`; returns the cache it must use.
 
         Raises:
@@ -77,17 +82,18 @@ class Requests:
         """
         if cache is None:
             cache = DynamicCache(config=self._config)
-        self._adopt(cache)
-        self._running = [layer for layer in cache.layers if isinstance(layer, StoreLayer)]
-        start, (batch, width) = self._running[0].get_seq_length(), tokens.shape[:2]
-        if self._responding and self.prompts[cache] is None:
-            self.prompts[cache] = start
-        elif self._prompt is not None:
-            self.prompts[cache] = self._prompt
+        cache = self._adopt(cache)
+        running = list(cache.store_layers())
+        start, (batch, width) = running[0].get_seq_length(), tokens.shape[:2]
         padding = _padding(mask, batch, start, width)
-        step = Step(start, width, batch, tokens.device, padding, self.prompts[cache])
-        for layer in self._running:
+        if not self._responding:
+            cache.prompt = self._prompt
+        elif cache.prompt is None:
+            cache.prompt = start
+        step = Step(start, width, batch, tokens.device, padding, cache.prompt)
+        for layer in running:
             layer.step = step
+        self._running = running
         return cache
 
     def end(self) -> None:
@@ -96,23 +102,29 @@ class Requests:
             layer.step = None
         self._running = []
 
-    def _adopt(self, cache: Cache) -> None:
-        if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+    def _adopt(self, cache: Cache) -> StoreCache:
+        if type(cache) not in (DynamicCache, StoreCache) or getattr(cache, "offloading", False):
             kind = type(cache).__name__ + (" with offloading" if getattr(cache, "offloading", False) else "")
             raise RegardError(f"{kind} cannot hold regard's stores; pass a DynamicCache, or none")
-        made_under = {layer.recipe for layer in cache.layers if isinstance(layer, StoreLayer)}
-        if made_under == {self._recipe}:
-            self.prompts.setdefault(cache, None)
-            return
-        if made_under or cache.get_seq_length() > 0:
-            other = f"recipe {made_under.pop()}" if made_under else "no recipe"
-            raise RegardError(f"this cache was made under {other}, the model is attached under {self._recipe}")
-        if not cache.layers:
-            cache.layers.extend(DynamicCache(config=self._config).layers)
-        for index, slots in enumerate(self._slots):
-            if slots is not None:
-                cache.layers[index] = self._layer(slots, index)
-        self.prompts[cache] = None
+        assert isinstance(cache, DynamicCache)
+        if isinstance(cache, StoreCache):
+            other = f"recipe {cache.recipe}"
+        elif cache.get_seq_length() > 0:
+            other = "no recipe"
+        else:
+            other = None
+        if other not in (None, f"recipe {self._recipe}"):
+            raise RegardError(
+                f"this cache was made under {other}, the model is attached under recipe {self._recipe}; "
+                "start a new cache, or attach what it was made under"
+            )
+        if not isinstance(cache, StoreCache):
+            if len(cache.layers) < len(self._slots):
+                cache.layers[:] = DynamicCache(config=self._config).layers
+            new = {index: self._layer(slots, index) for index, slots in enumerate(self._slots) if slots is not None}
+            cache = StoreCache.of(cache, new, self._recipe)
+        self.caches.add(cache)
+        return cache
 
     def _layer(self, slots: Slots, index: int) -> StoreLayer:
         store = build(slots.pattern, slots.key_codec, slots.value_codec, self._decoder.kv_heads, attend)
@@ -133,8 +145,11 @@ def _padding(mask: Any, batch: int, start: int, width: int) -> Tensor | None:
     if bool(real.all()):
         return None
     padding = (~real).long().cumprod(1).sum(1)
-    arrivals = torch.arange(start, device=mask.device)
-    if not bool((real[:, :start] | (arrivals[None] < padding[:, None])).all()):
+    arrivals = torch.arange(start + width, device=mask.device)
+    hidden = ~real & (arrivals >= padding[:, None])
+    # Padding on the right is never seen again if it ends this forward, and nothing follows it.
+    between = hidden[:, :start].any() | (hidden[:, :-1] & real[:, 1:]).any()
+    if bool(between):
         raise RegardError("attention_mask hides tokens between visible ones; pad prompts on the left")
     return padding
 

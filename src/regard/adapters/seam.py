@@ -188,6 +188,7 @@ class Surgery:
             self._undo.append(partial(_unseat, module))
             self.set(module, "config", config)
         self.set(decoder, "config", config)
+        self.set(decoder, "__deepcopy__", _refuse_copy)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set attribute `name` of `module` itself."""
@@ -203,6 +204,12 @@ class Surgery:
         """Undo everything."""
         while self._undo:
             self._undo.pop()()
+
+
+def _refuse_copy(memo: dict[int, Any]) -> nn.Module:
+    raise RegardError(
+        "an attached model cannot be copied: the copy would ask for stores it does not have; detach first"
+    )
 
 
 def _unseat(module: nn.Module) -> None:

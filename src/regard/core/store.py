@@ -94,6 +94,10 @@ class Store(Protocol):
         """Every tensor that keeps memory alive."""
         ...
 
+    def raw(self) -> Iterator[Tensor]:
+        """Those of `storages` that hold keys or values as they come, in the model's own dtype."""
+        ...
+
     @property
     def capacity(self) -> dict[str, int]:
         """Allocated token slots summed over heads, per kind of store: `{"full": ..., "ring": ...}`."""

@@ -200,6 +200,12 @@ class Container:
         yield from self.buffer.fields
         yield from self.state.values()
 
+    def raw(self) -> Iterator[Tensor]:
+        """Those of `storages` that hold keys or values as they come."""
+        keys, values = self.buffer.fields[: self._split], self.buffer.fields[self._split :]
+        yield from keys if self.key_codec is None else ()
+        yield from values if self.value_codec is None else ()
+
     @property
     def capacity(self) -> dict[str, int]:
         """Allocated token slots summed over heads."""

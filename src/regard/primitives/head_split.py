@@ -88,6 +88,11 @@ class HeadSplit:
             yield from child.storages()
         yield from self.state.values()
 
+    def raw(self) -> Iterator[Tensor]:
+        """Those of `storages` that hold keys or values as they come."""
+        for child in self.children:
+            yield from child.raw()
+
     @property
     def capacity(self) -> dict[str, int]:
         """Allocated token slots summed over heads, per kind of store."""

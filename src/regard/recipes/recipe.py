@@ -71,6 +71,10 @@ class Recipe:
         for item in self.placements:
             if not isinstance(item, Placement):
                 raise RegardError(f"a recipe holds placements made by regard.place(...), got {item!r}")
+        told = self.shape
+        whole = isinstance(told, Mapping) and all(isinstance(x, int) and x is not True for x in told.values())
+        if told is not None and (not whole or set(told) != set(_SHAPE)):
+            raise RegardError(f"model must name {', '.join(_SHAPE)} as whole numbers, got {told!r}")
 
     @property
     def digest(self) -> str:
@@ -105,23 +109,28 @@ class Recipe:
         return Recipe(self.placements, self.note, {name: getattr(decoder, name) for name in _SHAPE})
 
     def save(self, path: str | Path) -> Path:
-        """Write `path` (YAML) and, if a mechanism was fitted, a `.safetensors` file beside it."""
+        """Write `path` (YAML) and, if a mechanism was fitted, a `.safetensors` file beside it.
+
+        A recipe that stood there before is replaced only once both are written.
+        """
         path = Path(path)
         written: dict[str, Any] = {"regard": VERSION, "note": self.note}
         if self.shape is not None:
             written["model"] = dict(self.shape)
         written["placements"] = [_told(item) for item in self.placements]
         tensors = {
-            f"{index}.{name}": tensor.detach().cpu().contiguous()
+            f"{index}.{name}": tensor.detach().cpu().contiguous().clone()  # placements may share one tensor
             for index, item in enumerate(self.placements)
             for name, tensor in item.tensors.items()
         }
+        files: dict[Path, bytes] = {}
         if tensors:
             weights = path.with_suffix(".safetensors")
             data = save_tensors(tensors)
             written["weights"] = {"file": weights.name, "sha256": hashlib.sha256(data).hexdigest()}
-            _write(weights, data)
-        _write(path, yaml.safe_dump(written, sort_keys=False, default_flow_style=None, width=100).encode())
+            files[weights] = data
+        files[path] = yaml.safe_dump(written, sort_keys=False, default_flow_style=None, width=100).encode()
+        _write(files)
         return path
 
     @classmethod
@@ -141,10 +150,10 @@ class Recipe:
         placements = [_placement(path, index, item, tensors) for index, item in enumerate(items)]
         if tensors:
             raise RegardError(f"{path}: weights {', '.join(sorted(tensors))} belong to no placement")
-        shape = read.get("model")
-        if shape is not None and (not isinstance(shape, dict) or set(shape) != set(_SHAPE)):
-            raise RegardError(f"{path}: model must name {', '.join(_SHAPE)}, got {shape!r}")
-        return cls(placements, str(read.get("note") or ""), shape)
+        note = read.get("note")
+        if not isinstance(note, str | None):
+            raise RegardError(f"{path}: note must be text, got {note!r}")
+        return cls(placements, note or "", read.get("model"))
 
 
 def _indices(kind: str, written: Any) -> Indices:
@@ -154,7 +163,9 @@ def _indices(kind: str, written: Any) -> Indices:
         return (written,)
     if isinstance(written, Iterable) and not isinstance(written, (str, bytes, Mapping)):
         found = tuple(written)
-        if all(isinstance(index, int) and not isinstance(index, bool) for index in found):
+        if found and all(isinstance(index, int) and not isinstance(index, bool) for index in found):
+            if len(set(found)) != len(found):
+                raise RegardError(f"{kind} {list(found)} name one twice")
             return found
     raise RegardError(f"{kind}={written!r} must be 'all', an index or a list of indices")
 
@@ -169,26 +180,46 @@ def _told(item: Placement) -> dict[str, Any]:
     return told
 
 
-def _write(path: Path, data: bytes) -> None:
+def _write(files: Mapping[Path, bytes]) -> None:
     """Whole or not at all: a reader never sees half a recipe."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(data)
-    part.replace(path)
+    parts = {path.with_name(f".{path.name}.{os.getpid()}"): path for path in files}
+    try:
+        for part, path in parts.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(files[path])
+        for part, path in parts.items():
+            part.replace(path)
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
+
+
+class _Plain(yaml.SafeLoader):
+    """Plain YAML in which no key is said twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        read = super().construct_mapping(node, deep)
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"it says {key!r} twice", node.start_mark)
+        return read
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = _Plain(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise RegardError(f"no recipe at {path}") from None
+    except OSError as error:
+        raise RegardError(f"cannot read the recipe {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RegardError(f"{path} is not plain YAML: {error}") from error
     if not isinstance(read, dict):
         raise RegardError(f"{path} is not a recipe: expected keys {', '.join(sorted(_KEYS))}")
     for key in read:
         choose("recipe key", key, _KEYS)
-    if read.get("regard") != VERSION:
+    if read.get("regard") != VERSION or read["regard"] is True:
         raise RegardError(f"{path}: recipe version {read.get('regard')!r}; this regard reads version {VERSION}")
     return read
 
@@ -220,4 +251,11 @@ def _placement(path: Path, index: int, item: Any, tensors: dict[str, Tensor]) ->
         raise RegardError(f"{path}: options of placement {index} must be names and values, got {options!r}")
     own = {name: tensors.pop(name) for name in [n for n in tensors if n.startswith(f"{index}.")]}
     fitted = {name.split(".", 1)[1]: tensor for name, tensor in own.items()}
+    entry = catalog.find(item["mechanism"])
+    for name in options:
+        choose(f"option of {entry.stem!r}", name, entry.card.options)
+    for name in fitted:
+        choose(
+            f"fitted tensor of {entry.stem!r}", name, [n for n, o in entry.card.options.items() if o.kind == "tensor"]
+        )
     return place(item["mechanism"], item.get("layers", "all"), item.get("heads", "all"), **options, **fitted)
