@@ -6,9 +6,11 @@ import torch
 import regard
 from contracts.decoding import at_once, forced, generated, prompts, ways
 from contracts.replay import everything_kept, record_codes, replay_codes
-from contracts.subjects import MECHANISMS, example
-from families import FAMILIES, tiny
+from contracts.subjects import MECHANISMS, NEUTRAL, example, neutral
+from families import FAMILIES, VOCABULARY, tiny
 from regard.adapters.families import open_decoder
+from regard.measure.quality import quality
+from regard.measure.text import windows
 
 SUBJECTS = [pytest.param(stem, family, id=f"{stem}-{family}") for stem in MECHANISMS for family in FAMILIES]
 CUTS = {"token by token": list(range(21, 35)), "chunks": [6, 7, 16, 21, 30], "odd": [1, 2, 20]}
@@ -82,3 +84,16 @@ def test_gradients_reach_the_weights(stem):
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert 0 < float(parameter.grad.abs().sum()) < float("inf"), name
+
+
+@pytest.mark.parametrize("stem", MECHANISMS)
+@pytest.mark.parametrize("chunk", [1, 5, 16])
+def test_the_scorer_sees_every_mechanism_and_nothing_else(stem, chunk):
+    model = tiny("llama")
+    decoder = open_decoder(model)
+    drawn = torch.randint(2, VOCABULARY - 6, (120,), generator=torch.Generator().manual_seed(0))
+    held = windows(drawn, 40, 16, 2)
+    placements = example(stem, decoder).placements
+    assert quality(model, placements, held, chunk).kl > 1e-6
+    nothing = neutral(stem, decoder).placements if stem in NEUTRAL else ()
+    assert quality(model, nothing, held, chunk).kl == 0
