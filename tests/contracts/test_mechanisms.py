@@ -16,6 +16,15 @@ SUBJECTS = [pytest.param(stem, family, id=f"{stem}-{family}") for stem in MECHAN
 CUTS = {"token by token": list(range(21, 35)), "chunks": [6, 7, 16, 21, 30], "odd": [1, 2, 20]}
 
 
+def exact(model):
+    """In float64, so that no code flips. Not Gemma 2: its eager layers overflow their mask there, in transformers."""
+    return model if model.config.model_type == "gemma2" else model.double()
+
+
+def _close(model):
+    return 1e-6 if model.dtype == torch.float64 else 1e-4
+
+
 @pytest.mark.parametrize(("stem", "family"), SUBJECTS)
 def test_cached_decoding_replays_as_one_full_forward(stem, family):
     model = tiny(family)
@@ -35,13 +44,13 @@ def test_cached_decoding_replays_as_one_full_forward(stem, family):
 
 @pytest.mark.parametrize(("stem", "family"), SUBJECTS)
 def test_a_padded_batch_equals_single_runs(stem, family):
-    model = tiny(family).double()
+    model = exact(tiny(family))
     ids, mask = prompts(rows=3, length=30, padding=7)
     with regard.attach(model, example(stem, open_decoder(model))):
         together = forced(model, ids, mask, [11, 29])
         for row, pad in enumerate([7, 0, 0]):
             alone = forced(model, ids[row : row + 1, pad:], mask[row : row + 1, pad:], [11 - pad, 29 - pad])
-            torch.testing.assert_close(together[row : row + 1, pad:], alone, atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(together[row : row + 1, pad:], alone, atol=_close(model), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("stem", "family"), SUBJECTS)
@@ -49,7 +58,7 @@ def test_every_way_of_generating_equals_its_definition(stem, family):
     model = tiny(family)
     recipe = example(stem, open_decoder(model))
     possible = list(ways(model))
-    model.double()
+    exact(model)
     for way in possible:
         with regard.attach(model, recipe):
             real = generated(model, way)
