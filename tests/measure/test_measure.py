@@ -235,7 +235,7 @@ def test_text_errors_name_what_is_wrong(tmp_path):
             text.load(tmp_path / name)
     with pytest.raises(RegardError, match="cannot be read"):
         text.load(tmp_path)
-    with pytest.raises(RegardError, match="has 10 tokens.*64 are needed"):
+    with pytest.raises(RegardError, match=r"has 10 tokens.*64 are needed"):
         text.windows(torch.zeros(10), 48, 16, 1)
     with pytest.raises(RegardError, match="100 are needed"):
         text.split(torch.zeros(10), 40, 50, 10)
