@@ -141,7 +141,7 @@ def open_decoder(model: nn.Module) -> Decoder:
             f"self-attention module with a layer_idx that uses transformers' {REGISTRY}; found {found}"
         )
     module, family, attentions = stacks[0]
-    config = module.config
+    config: Any = module.config
     if any(getattr(part, "is_kv_shared_layer", False) for part in attentions):
         raise RegardError(f"{type(model).__name__} shares keys and values between layers, which is not opened yet")
     heads = config.num_attention_heads

@@ -98,6 +98,7 @@ class Handle:
         if any(self.slots):
             surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
             surgery.hook(module.register_forward_hook(lambda *_: self._requests.end(), always_call=True))
+            part: Any
             for part in self.model.modules():
                 if hasattr(part, "generate") and hasattr(part, "_prepare_cache_for_generation"):
                     surgery.set(part, "generate", self._requests.generating(part.generate))

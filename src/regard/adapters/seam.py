@@ -114,7 +114,7 @@ class Mask:
 
     def deviation(self) -> str | None:
         """Why this mask is more than causal, sliding window and padding; None if it is not."""
-        function = self.arguments["mask_function"]
+        function: Any = self.arguments["mask_function"]
         if function is causal_mask_function:
             return None
         parts = _closure(function).get("mask_functions", ())
@@ -178,7 +178,7 @@ class Surgery:
         """Make `attentions` of `decoder` ask regard; the registry entries come with the first seat."""
         # A copy, because models may share one config object; not through the setter, because that would
         # switch sub-configs too.
-        config = copy.copy(decoder.config)
+        config: Any = copy.copy(decoder.config)
         config._attn_implementation_internal = NAME
         for module, place in zip(attentions, seats, strict=True):
             if not _SEATS:

@@ -26,7 +26,7 @@ def fit(
     tokens: Tensor,
     *,
     progress: Progress | None = None,
-    steps: int = 24,
+    steps: int = 20,
     length: int = 512,
     sink: int = 16,
     recent: int = 64,

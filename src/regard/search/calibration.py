@@ -22,7 +22,7 @@ from regard.search.space import bits, width
 
 Progress = Callable[[str, int, int], None]
 # One window for the sensitivity of layers: long enough that a small recent window bites.
-CONTEXT, CONTINUATION = 448, 64
+CONTEXT, CONTINUATION = 384, 48
 
 
 @dataclass(frozen=True)
