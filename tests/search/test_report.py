@@ -1,4 +1,6 @@
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -81,6 +83,7 @@ def test_points_rows_and_opening(page, study):
     assert page.locator(".point[data-final]").count() == sum(r.final is not None for r in study.rows) > 0
     assert page.locator("#trials tbody tr").count() == len(study.rows)
     assert page.locator(".point.chosen[data-trial]").get_attribute("data-trial") == str(study.chosen.number)
+    assert page.locator(".point.early").count() == sum(r.final is not None for r in study.rows)
     assert "Trial" in page.locator("#detail h3").inner_text()
     wide = "e => e.scrollWidth - e.clientWidth"
     assert page.locator("#detail").evaluate(wide) <= 0
@@ -96,6 +99,76 @@ def test_a_click_selects_and_the_picture_follows(page, study):
     page.locator(f".point[data-trial='{study.chosen.number}']").click()
     assert shown(page) == told(study, study.chosen)
     assert page.locator("#trials tr.selected").get_attribute("data-row") == str(study.chosen.number)
+
+
+def centres(page, selector):
+    """Where the points that `selector` finds are in the chart."""
+    circles = [p.locator(".hit") for p in page.locator(selector).all()]
+    return [(round(float(c.get_attribute("cx")), 1), round(float(c.get_attribute("cy")), 1)) for c in circles]
+
+
+def corners(page, selector):
+    """The rows that a line of steps goes through: its beginning, and where each upright part ends."""
+    first, *steps = re.findall(r"M([-\d.]+) ([-\d.]+)|H([-\d.]+)V([-\d.]+)", page.locator(selector).get_attribute("d"))
+    return [(round(float(x), 1), round(float(y), 1)) for x, y in [first[:2], *(step[2:] for step in steps)]]
+
+
+def at_length(row):
+    """`row` as if the final length had turned out worse by an amount that depends on the recipe."""
+    if not row.final:
+        return row
+    scores = {**row.final_scores, "kl": row.final_scores["kl"] * (1.3 + row.number / 10) + 0.01}
+    return replace(row, final={**row.final, "scores": scores})
+
+
+def test_both_fronts_are_drawn_and_the_star_is_on_the_final_one(browser, study, tmp_path):
+    study = replace(study, rows=tuple(map(at_length, study.rows)))
+    assert study.chosen in study.final_front
+    (tmp_path / "report.html").write_text(render(study.to_json()))
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.goto((tmp_path / "report.html").as_uri())
+    for name in ("front at 96 tokens, other text", "front at 64 tokens, searched on"):
+        assert name in page.locator("#legend").inner_text()
+    star, early = f".point.chosen[data-trial='{study.chosen.number}']", f"[data-early='{study.chosen.number}']"
+    assert page.locator(f"{star} polygon").count() == 1
+    assert page.locator(f"{early} polygon").count() == 0
+    on_final = [c for r in study.final_front for c in centres(page, f".point[data-trial='{r.number}']")]
+    assert sorted(on_final) == sorted(corners(page, "#chart path.steps.final"))
+    on_first = [c for r in study.front for c in centres(page, f"[data-{'early' if r.final else 'trial'}='{r.number}']")]
+    assert sorted(on_first) == sorted(corners(page, "#chart path.steps.first"))
+    late, before = centres(page, star), centres(page, early)
+    assert late != before
+    assert late[0] in corners(page, "#chart path.steps.final")
+    page.locator("#show-final").uncheck()
+    assert page.locator("#chart path.steps").count() == 1
+    assert page.locator(".point[data-final]").count() == 0
+    assert page.locator(f"{star} polygon").count() == 1
+    page.close()
+
+
+def test_the_card_says_which_front(page, study):
+    for row in [r for r in study.rows if r.measurement]:
+        page.locator(f"[data-row='{row.number}']").click()
+        tags = page.locator("#detail .tag").all_inner_texts()
+        assert ("on the front at 96" in tags) == (row in study.final_front)
+        assert ("on the front at 64" in tags) == (row in study.front)
+
+
+def test_long_words_stay_inside(browser, study, tmp_path):
+    told = study.to_json()
+    for row in told["rows"]:
+        row["words"] = " + ".join(["a_mechanism(" + "option_" * 12 + " 4)"] * 6)
+    (tmp_path / "long.html").write_text(render(told))
+    for width in (375, 1200):
+        page = browser.new_page(viewport={"width": width, "height": 800})
+        page.goto((tmp_path / "long.html").as_uri())
+        page.locator(".point.chosen[data-trial]").hover()
+        box = page.locator("#tip").bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+        assert box["height"] < 240
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.close()
 
 
 def test_failed_trials_give_their_reason(page, study):

@@ -1,6 +1,7 @@
 """Searches from begin to end on a tiny model: budgets, failures, kills, several processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,8 +15,9 @@ import torch
 from regard.core.errors import RegardError
 from regard.recipes.recipe import Recipe
 from regard.search.calibration import Calibration, calibrate
+from regard.search.results import DENSE
 from regard.search.study import search
-from search.fakes import CALIBRATION, SMALL, Fake, Letters, tiny_model, tiny_text
+from search.fakes import CALIBRATION, SMALL, Fake, Letters, measurement, tiny_model, tiny_text
 
 MODEL, TEXT = tiny_model(), tiny_text()
 
@@ -39,6 +41,8 @@ def test_a_search_counts_its_trials_and_writes_its_files(tmp_path):
     assert files == {f"trial-{r.number:03d}.yaml" for r in (*study.front, *study.contenders) if not r.dense}
     told = json.loads((tmp_path / "study.json").read_text())
     assert told["chosen"] == study.chosen.number
+    assert study.chosen in study.final_front
+    assert {r["number"] for r in told["rows"] if r["final_front"]} == {r.number for r in study.final_front}
     assert len(told["rows"]) == len(study.rows)
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
@@ -57,6 +61,20 @@ def test_what_fails_is_recorded_and_the_search_goes_on(tmp_path):
     assert any(r.startswith("out of memory") for r in reasons)
     assert any("yields NaN" in r for r in reasons)
     assert any("kl is NaN" in r for r in reasons)
+
+
+def test_a_row_that_is_nan_at_the_final_length_is_not_chosen(tmp_path):
+    class Late(Fake):
+        def __call__(self, placements, *, final):
+            found = super().__call__(placements, final=final)
+            bad = final and sum(f for _, f in self.calls) == 1
+            return measurement(math.nan, found.bytes.ratio, 96) if bad else found
+
+    study = run(tmp_path, measure=Late(), final_members=3)
+    reasons = study.facts["failed_finals"]
+    assert list(reasons.values()) == ["kl is NaN"]
+    assert {r.number for r in study.rows if r.final}.isdisjoint(map(int, reasons))
+    assert study.chosen in study.final_front
 
 
 def test_a_search_continues_and_measures_nothing_twice(tmp_path):
@@ -149,6 +167,9 @@ def test_a_real_search_on_the_tiny_model(tmp_path):
     dense = next(r for r in study.rows if r.dense)
     assert dense.scores["kl"] == 0.0
     assert dense.scores["bytes"] == 1.0
+    exact = {n: v for n, v in DENSE.items() if n not in ("prefill", "decode")}
+    assert {n: dense.scores[n] for n in exact} == pytest.approx(exact)
+    assert "recall" in study.at_final(dense)
     # A window wider than the tiny text loses nothing; rounding always does.
     assert all(r.scores["kl"] > 0 for r in study.rows if any(p["mechanism"] == "saw_int4" for p in r.placements))
     assert all({"prefill", "decode", "recall"} <= set(r.final_scores) for r in study.rows if r.final)

@@ -17,11 +17,11 @@ def front(costs: Sequence[Costs]) -> list[int]:
     Of several equal rows only the first is kept; a row holding NaN is never on the front.
     """
     kept: list[int] = []
+    # NaN has no place in an order: sorting with it would leave the other rows unsorted too.
+    known = [i for i, row in enumerate(costs) if not any(math.isnan(x) for x in row)]
     # In lexicographic order a row can only be dominated by one before it.
-    for i in sorted(range(len(costs)), key=lambda i: (tuple(costs[i]), i)):
+    for i in sorted(known, key=lambda i: (tuple(costs[i]), i)):
         row = costs[i]
-        if any(math.isnan(x) for x in row):
-            continue
         if not any(dominates(costs[j], row) or list(costs[j]) == list(row) for j in kept):
             kept.append(i)
     return sorted(kept)

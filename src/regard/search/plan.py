@@ -19,7 +19,7 @@ class Plan:
         chunk: continuation tokens a forward.
         repeats, steps: timing pairs of a trial that is timed, and tokens decoded in each.
         final_length, final_windows, final_repeats, final_members: total tokens, windows and timing pairs
-            at the final length, and how many members of the front are measured there.
+            at the final length, and how many rows are measured there.
         facts: facts planted to measure recall. calibration_tokens: kept for fitting, at least.
         sampler: `tpe` or `nsga2`. seed: of everything random.
     """

@@ -1,13 +1,13 @@
-"""What a search shows in the terminal: one bar, one line a trial, and the front at the end."""
+"""What a search shows in the terminal: one bar, one line a trial, and the fronts at the end."""
 
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
 from regard.search.results import Row, Study
 from regard.search.space import words
@@ -62,32 +62,79 @@ def figures(scores: dict[str, float]) -> str:
     return "  ".join(parts)
 
 
-def table(study: Study) -> Group:
-    """The front for the terminal: what the trials said, what was measured again, and then what each row is.
+class Table:
+    """The fronts for the terminal: first what was measured again, then the rest of the front of the trials.
 
-    The chosen row is marked. Words stand below the figures: beside them a narrow terminal folds them to shreds.
+    Marks say which row is chosen and which are on the front at the final length. A terminal wide enough has
+    what a row is beside its figures, any other below them; one too narrow for all figures drops the last.
     """
-    chosen = study.chosen
-    rows = {r.number: r for r in (*study.front, *study.contenders)}.values()
-    first = next((r.measurement["length"] for r in rows if r.measurement), 0)
-    again = next((r.final["length"] for r in rows if r.final), None)
-    extras = [n for n in ("prefill", "decode", "recall") if any(n in (r.final_scores or r.scores) for r in rows)]
-    heads = ["trial", f"KL at {first:,}", "bytes", *([f"KL at {again:,}", "bytes"] if again else []), *extras]
-    made = Table(header_style="bold", box=None, pad_edge=False)
-    for name in ["", *heads]:
-        made.add_column(name, justify="right", no_wrap=True)
-    lines = []
-    for row in sorted(rows, key=lambda r: r.scores["bytes"]):
-        mark = "[green]*[/]" if chosen is not None and row.number == chosen.number else ""
-        cells = [mark, str(row.number), f"{row.scores['kl']:.4f}", f"{row.scores['bytes']:.1%}"]
-        late = row.final_scores
-        if again:
-            cells += [f"{late['kl']:.4f}", f"{late['bytes']:.1%}"] if late else ["", ""]
-        scores = late if again else row.scores
-        cells += [_extra(name, scores) for name in extras]
-        made.add_row(*cells)
-        lines.append(f"{mark or ' '} {row.number:>4}  {words(row.placements, study.layers)}")
-    return Group("", made, "", *lines, "")
+
+    def __init__(self, study: Study):
+        chosen, self.layers, self.study = study.chosen, study.layers, study
+        self.chosen = chosen.number if chosen else None
+        self.final_front = {r.number for r in study.final_front}
+        again = [r for r in study.rows if r.final or r.number in self.final_front]
+        short = [r for r in (study.front if again else (*study.front, *study.contenders)) if r not in again]
+        self.groups = [again, list({r.number: r for r in short}.values())]
+        told = [r.measurement for r in study.rows if r.measurement]
+        finals = [r.final for r in study.rows if r.final]
+        self.length = told[0]["length"] if told else 0
+        self.final_length = finals[0]["length"] if finals else None
+        known = {name for r in (*again, *short) for name in self.last(r)}
+        self.extras = [n for n in ("prefill", "decode", "recall") if n in known]
+
+    def last(self, row: Row) -> dict[str, float]:
+        """Scores at the longest length that anything was measured at."""
+        return self.study.at_final(row) if self.final_length else row.scores
+
+    def heads(self) -> list[str]:
+        """Titles of the columns."""
+        late = [f"KL at {self.final_length:,}", "bytes"] if self.final_length else []
+        return ["", "trial", f"KL at {self.length:,}", "bytes", *late, *self.extras]
+
+    def cells(self, row: Row) -> list[str]:
+        """The figures of one row, a mark first."""
+        mark = "*" if row.number == self.chosen else "o" if row.number in self.final_front else ""
+        late = self.last(row)
+        found = [mark, str(row.number), *_pair(row.scores), *(_pair(late) if self.final_length else [])]
+        return found + [_extra(name, late) for name in self.extras]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Lines that fit into the console."""
+        rows = [sorted(group, key=lambda r: (self.last(r) or r.scores)["bytes"]) for group in self.groups]
+        lines = [self.heads(), *(self.cells(r) for group in rows for r in group)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        while len(widths) > 4 and sum(widths) + 2 * len(widths) - 2 > options.max_width:
+            widths.pop()
+        figures_wide = sum(widths) + 2 * len(widths) - 2
+        said = {r.number: words(r.placements, self.layers) for group in rows for r in group}
+        beside = figures_wide + 2 + max(map(len, said.values()), default=0) <= options.max_width
+
+        def line(cells: list[str], style: str = "") -> Text:
+            return Text("  ".join(c.rjust(w) for c, w in zip(cells, widths, strict=False)), style, no_wrap=True)
+
+        yield Text()
+        yield line(self.heads(), "bold")
+        for group in filter(None, rows):
+            if group is rows[1] and rows[0]:
+                yield Text(f"not measured again, on the front at {self.length:,}:", "dim")
+            for row in group:
+                figured = line(self.cells(row), "green" if row.number == self.chosen else "")
+                if beside:
+                    yield figured.append("  " + said[row.number], "dim")
+                else:
+                    yield figured
+                    margin = " " * (widths[0] + 4)
+                    for part in Text(said[row.number]).wrap(console, max(20, options.max_width - len(margin))):
+                        yield Text(margin + part.plain.rstrip(), "dim")
+        marks = "* chosen" if self.chosen is not None else ""
+        if self.final_length:
+            marks += f"{'; * and o' if marks else 'o'}: on the front at {self.final_length:,} tokens, other text"
+        yield Text(f"\n{marks}\n" if marks else "", "dim")
+
+
+def _pair(scores: dict[str, float]) -> list[str]:
+    return [f"{scores['kl']:.4f}", f"{scores['bytes']:.1%}"] if scores else ["", ""]
 
 
 def _extra(name: str, scores: dict[str, float]) -> str:

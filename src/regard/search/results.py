@@ -1,9 +1,9 @@
-"""What a search found: rows, the front, the chosen recipe, and the files that hold them."""
+"""What a search found: rows, the fronts, the chosen recipe, and the files that hold them."""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from regard.measure.measure import SCORES
 from regard.search.constraints import Constraint
 from regard.search.front import front, spread_out
 from regard.search.space import read, words
+
+# What dense is by definition: every score but recall compares with dense itself.
+DENSE = {"kl": 0.0, "kl_last_half": 0.0, "kl_worst": 0.0, "top1": 1.0, "perplexity": 1.0, "bytes": 1.0}
+DENSE |= {"prefill": 1.0, "decode": 1.0}
 
 
 @dataclass(frozen=True)
@@ -83,26 +87,58 @@ class Study:
     folder: Path | None = None
 
     @property
+    def criteria(self) -> list[str]:
+        """What rows are compared in: the objectives, then what only constraints speak of.
+
+        With the latter, a row that meets the constraints is never beaten by one that does not.
+        """
+        return list(dict.fromkeys([*self.objectives, *(c.name for c in self.constraints)]))
+
+    @property
     def front(self) -> list[Row]:
-        """Rows no other row beats in every objective at the trials' length, by the first objective."""
-        measured = [r for r in self.rows if r.measurement is not None]
-        found = [measured[i] for i in front([costs(r.scores, self.objectives) for r in measured])]
-        return sorted(found, key=lambda r: costs(r.scores, self.objectives))
+        """Rows that no other row beats in every criterion at the trials' length, by the first objective."""
+        return self._unbeaten([(r, r.scores) for r in self.rows])
+
+    @property
+    def final_front(self) -> list[Row]:
+        """Rows that no other row beats in every criterion at the final length, dense among them.
+
+        Only rows measured there take part; empty before there are any. The chosen row is one of these.
+        """
+        return self._unbeaten([(r, self.at_final(r)) for r in self.rows])
+
+    def _unbeaten(self, told: Sequence[tuple[Row, Mapping[str, float]]]) -> list[Row]:
+        table = [(costs(scores, self.criteria), r) for r, scores in told if scores]
+        found = [table[i] for i in front([cost for cost, _ in table])]
+        return [r for _, r in sorted(found, key=lambda item: item[0])]
+
+    def at_final(self, row: Row) -> dict[str, float]:
+        """Scores of `row` at the final length; empty if it was not measured there.
+
+        Dense is what the others are measured against there, so it is known without a measurement of its own.
+        """
+        if row.final or not row.dense:
+            return row.final_scores
+        finals = [r.final for r in self.rows if r.final]
+        known = {n: DENSE[n] for told in finals for n in told["scores"] if n in DENSE}
+        recalled = [told["recall"]["dense_recalled"] for told in finals if told.get("recall")]
+        return known | ({"recall": recalled[0]} if recalled else {})
 
     @property
     def contenders(self) -> list[Row]:
-        """Rows the choice is made from: those measured at the final length; before there are any, the front."""
-        finals = [r for r in self.rows if r.final and not r.dense]
-        return finals or [r for r in self.front if not r.dense]
+        """Recipes measured at the final length; before there are any, those on the front; without, all measured."""
+        recipes = [r for r in self.rows if r.measurement is not None and not r.dense]
+        finals = [r for r in recipes if r.final]
+        return finals or [r for r in self.front if not r.dense] or recipes
 
     @property
     def chosen(self) -> Row | None:
-        """The row to deploy: it meets all constraints at the final length and is best there.
+        """The row to deploy: of the front at the final length, the best that meets all constraints there.
 
         Best in the first objective that no constraint bounds (in the first, if all are bounded). Before
         anything was measured at the final length, the trials' length decides. Dense is never chosen.
         """
-        good = [r for r in self.contenders if self.meets(r)]
+        good = [r for r in self.final_front or self.front if not r.dense and self.meets(r)]
         if not good:
             return None
         bounded = {c.name for c in self.constraints}
@@ -128,13 +164,16 @@ class Study:
         return found
 
     def shortfall(self) -> str | None:
-        """How near the front came to constraints that nothing met; None if something meets them all."""
-        if self.chosen is not None or not self.constraints:
+        """Why nothing was chosen: how near the front came to the constraints; None if something was."""
+        if self.chosen is not None:
             return None
         asked = " and ".join(map(str, self.constraints))
         pool = self.contenders
         if not pool:
-            return f"nothing meets {asked}: no trial could be measured"
+            return f"nothing meets {asked}: no trial could be measured" if asked else "no trial could be measured"
+        if any(self.meets(r) for r in pool):
+            those = f"every recipe that meets {asked}" if asked else "every recipe"
+            return f"the model's own attention is as good as {those} in all of {', '.join(self.criteria)}"
         near = min(pool, key=lambda r: distance(self.constraints, r.final_scores or r.scores))
         scores = near.final_scores or near.scores
         values = ", ".join(f"{c.name} {scores[c.name]:.4g}" for c in self.constraints if c.name in scores)
@@ -168,10 +207,12 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the trained tensors, as plain JSON."""
-        chosen, on_front = self.chosen, [r.number for r in self.front]
+        chosen, on_front = self.chosen, {r.number for r in self.front}
+        on_final_front = {r.number for r in self.final_front}
         return {
             "regard": 1,
             "objectives": list(self.objectives),
+            "criteria": self.criteria,
             "constraints": [{"name": c.name, "sign": c.sign, "bound": c.bound} for c in self.constraints],
             "chosen": chosen.number if chosen else None,
             "shortfall": self.shortfall(),
@@ -186,9 +227,10 @@ class Study:
                 | {
                     "words": words(r.placements, self.layers),
                     "scores": r.scores,
-                    "final_scores": r.final_scores,
+                    "final_scores": self.at_final(r),
                     "dense": r.dense,
                     "front": r.number in on_front,
+                    "final_front": r.number in on_final_front,
                     "meets": r.measurement is not None and self.meets(r),
                     "picture": self.picture.get(r.number),
                 }
@@ -198,8 +240,6 @@ class Study:
 
     def write(self, folder: str | Path) -> "Study":
         """Write `study.json`, `report.html`, `front/*.yaml` and, if one was chosen, `recipe.yaml` into `folder`."""
-        from dataclasses import replace
-
         from regard.search.report import render
 
         folder = Path(folder)
@@ -243,18 +283,21 @@ def members(study: Study, count: int) -> list[Row]:
 
     The best row that meets the constraints; the best such row of every other combination of mechanisms,
     because short trials flatter those that drop tokens, and length may turn the order round; then a
-    spread of the front, beginning with the row nearest to the constraints.
+    spread of the front, beginning with the row nearest to the constraints. What was already measured again
+    has no say, so that a search that is continued asks for the same rows.
     """
+    short = replace(study, rows=tuple(replace(r, final=None) for r in study.rows))
+    best = short.chosen.number if short.chosen else None
     pool = [r for r in study.rows if r.measurement is not None and not r.dense]
     table = [costs(r.scores, study.objectives) for r in pool]
     away = [distance(study.constraints, r.scores) for r in pool]
-    best = study.chosen
-    ranked = sorted(range(len(pool)), key=lambda i: (pool[i] is not best, away[i], table[i]))
+    ranked = sorted(range(len(pool)), key=lambda i: (pool[i].number != best, away[i], table[i]))
     picked: dict[frozenset[str], int] = {}
     for i in ranked:
         if study.constraints and away[i] == 0:
             picked.setdefault(frozenset(p["mechanism"] for p in pool[i].placements), i)
-    on_front = [i for i in ranked if pool[i] in study.front]
+    best_at_all = {r.number for r in study.front}
+    on_front = [i for i in ranked if pool[i].number in best_at_all]
     head = list(picked.values())[:count] or on_front[:1]
     rows = [pool[i] for i in dict.fromkeys([*head, *on_front])]
     return [rows[i] for i in spread_out([costs(r.scores, study.objectives) for r in rows], range(len(head)), count)]

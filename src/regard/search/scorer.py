@@ -1,4 +1,4 @@
-"""Measuring trials: briefly while searching, at length for the members of the front."""
+"""Measuring trials: briefly while searching, at length for the few that are measured again."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -66,7 +66,7 @@ class Scorer:
         return run(self.model, placements, self.setting(final))
 
     def control(self) -> Any:
-        """Dense against itself, timed as the members of the front are."""
+        """Dense against itself, timed as what is measured again."""
         told = self.setting(True)
         if told.timed is None:
             return None

@@ -1,8 +1,8 @@
 """`regard.search`: find what to place where, by measuring it.
 
-Trials are drawn by Optuna and measured on short held-out windows; the members of the front are measured
-again at the final length on other windows, so that what is reported was not what was chosen on. Every
-finished trial is in the storage before the next begins.
+Trials are drawn by Optuna and measured on short held-out windows; a few of them are measured again at the
+final length on other windows, and the choice is made there. Every finished trial is in the storage before
+the next begins.
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ from torch import Tensor
 from regard.catalog import Entry, entries, find
 from regard.core.errors import RegardError
 from regard.measure import text as text_
-from regard.measure.measure import SCORES
+from regard.measure.measure import SCORES, Measurement
 from regard.search import facts
 from regard.search.book import Book
 from regard.search.calibration import Calibration, calibrate, fitter
 from regard.search.picture import holdings
 from regard.search.plan import Plan
-from regard.search.progress import Screen, figures, table
+from regard.search.progress import Screen, Table, figures
 from regard.search.results import Row, Study, members
 from regard.search.scorer import Measures, Scorer, cut
 from regard.search.space import Space
@@ -61,7 +61,7 @@ def search(
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
         constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
         trials: in all processes together, dense not counted.
-        seconds: wall time of this process's trials, measuring the front again not counted.
+        seconds: wall time of this process's trials, measuring some again not counted.
         storage: Optuna storage URL or SQLite file; None: `out/study.db`. Several processes may share it.
         study_name: the study in it; one that exists is continued.
         out: folder for `recipe.yaml`, `front/`, `study.json`, `report.html`; None: nothing is written.
@@ -151,11 +151,7 @@ class _Search:
         """Measure one draw and record it, whatever happens."""
         assert self.book is not None
         try:
-            measured = self.measure(placements, final=False)
-            scores = measured.scores()
-            for name in (*self.plan.objectives, *(c.name for c in self.plan.constraints)):
-                if name not in scores or scores[name] != scores[name]:
-                    raise RegardError(f"{name} was not measured" if name not in scores else f"{name} is NaN")
+            measured = self.measured(placements, final=False)
         except KeyboardInterrupt:
             self.book.interrupt(trial)
             raise
@@ -164,12 +160,26 @@ class _Search:
             del error
             gc.collect()
         else:
+            scores = measured.scores()
             violations = [c.violation(scores) for c in self.plan.constraints]
             self.book.complete(trial, [scores[o] for o in self.plan.objectives], violations, measured.to_json())
         self.screen.trial(next(r for r in self.rows() if r.number == trial.number))
 
+    def measured(self, placements: Sequence[Any], *, final: bool) -> Measurement:
+        """Measure `placements`.
+
+        Raises:
+            RegardError: a score that was asked for is missing or NaN.
+        """
+        found = self.measure(placements, final=final)
+        scores = found.scores()
+        for name in (*self.plan.objectives, *(c.name for c in self.plan.constraints)):
+            if name not in scores or scores[name] != scores[name]:
+                raise RegardError(f"{name} was not measured" if name not in scores else f"{name} is NaN")
+        return found
+
     def finals(self) -> None:
-        """Measure members of the front again at the final length; those already noted are kept."""
+        """Measure a few rows again at the final length; those already noted are kept."""
         assert self.book is not None
         wanted = members(self.study(), self.plan.final_members)
         if not wanted:
@@ -180,7 +190,7 @@ class _Search:
                 if f"final:{row.number}" in self.book.noted():
                     continue
                 try:
-                    told: dict[str, Any] = self.measure(self.study().placements(row), final=True).to_json()
+                    told: dict[str, Any] = self.measured(self.study().placements(row), final=True).to_json()
                 except Exception as error:
                     told = {"reason": _reason(error)}
                     gc.collect()
@@ -254,7 +264,7 @@ class _Search:
         study = self.study(facts=told, control=noted.get("control"), picture=pictures)
         if self.folder is not None:
             study = study.write(self.folder)
-        self.screen.console.print(table(study))
+        self.screen.console.print(Table(study))
         if study.shortfall():
             self.screen.console.print(f"[yellow]{study.shortfall()}[/]")
         elif self.folder is not None:

@@ -7,7 +7,8 @@ const chosen = byNumber.get(S.chosen) || null;
 const trialLength = measured.length ? measured[0].measurement.length : 0;
 const anyFinal = rows.find((r) => r.final);
 const finalLength = anyFinal ? anyFinal.final.length : 0;
-let selected = chosen || measured.find((r) => r.front && !r.dense) || rows[0] || null;
+const criteria = S.criteria || S.objectives;
+let selected = chosen || measured.find((r) => (finalLength ? r.final_front : r.front) && !r.dense) || measured.find((r) => r.front && !r.dense) || rows[0] || null;
 
 /* ---- small helpers ------------------------------------------------------------------------ */
 const SVG = "http://www.w3.org/2000/svg";
@@ -49,8 +50,8 @@ function headline() {
   const asked = S.constraints.map((c) => `${c.name} ${c.sign.replace("<=", "≤").replace(">=", "≥")} ${c.bound}`).join(" and ");
   const parts = [`${measured.filter((r) => !r.dense).length} recipes measured against the model's own attention at ${count(trialLength)} tokens`];
   if (failed.length) parts[0] += ` (${failed.length} more failed)`;
-  if (finalLength) parts.push(`${rows.filter((r) => r.final).length} of them measured again at ${count(finalLength)} tokens on text that chose nothing`);
-  $("lede").textContent = parts.join("; ") + "." + (asked ? ` Asked for: ${asked}.` : "") + (S.interrupted ? " The search was interrupted." : "");
+  if (finalLength) parts.push(`${rows.filter((r) => r.final).length} of them measured again at ${count(finalLength)} tokens on other text${chosen && chosen.final ? ", where the choice was made" : ""}`);
+  $("lede").textContent = parts.join("; ") + "." + (chosen && chosen.final ? ` The figures here are at ${count(finalLength)} tokens.` : "") + (asked ? ` Asked for: ${asked}.` : "") + (S.interrupted ? " The search was interrupted." : "");
 }
 function tile(name, row) {
   const v = best(row)[name], told = row.final || row.measurement, notes = [];
@@ -107,18 +108,34 @@ const shapes = {
   },
   cross: (x, y) => s("path", { class: "mark", d: `M${x - 4} ${y - 4}l8 8m0 -8l-8 8` }),
 };
-const shapeOf = (r) => (!r.measurement ? "cross" : r === chosen ? "star" : r.dense ? "square" : "dot");
-const kinds = (r) => [r.front && "front", r.dense && "dense", r === chosen && "chosen", !r.measurement && "failed", r === selected && "selected"].filter(Boolean).join(" ");
-function point(r, x, y, final, X, Y) {
-  const v = final ? r.final_scores : r.scores;
-  const said = r.measurement ? `${title(r)}${r === chosen ? ", chosen" : r.front ? ", on the front" : ""}: ${NAMES[Y]} ${show(Y, v[Y])}, ${NAMES[X]} ${show(X, v[X])}` : `${title(r)} failed: ${r.reason}`;
+const shapeOf = (r, final) => (!r.measurement ? "cross" : r.dense ? "square" : final ? "diamond" : "dot");
+const onFront = (r, final) => (final ? r.final_front : r.front);
+const kinds = (r, final) => [onFront(r, final) && "front", r.dense && "dense", r === chosen && "chosen", !r.measurement && "failed", r === selected && "selected"].filter(Boolean).join(" ");
+const has = (scores, X, Y) => scores[X] !== undefined && scores[X] !== null && scores[Y] !== undefined && scores[Y] !== null;
+/* Where a row stands: at the final length if it was measured there and that is shown, else at the trials'. Dense,
+   which everything is compared with, is a point of both fronts; it is drawn once where both agree. */
+function spots(X, Y) {
+  const finals = finalLength && $("show-final").checked, found = [];
+  for (const r of measured) {
+    const late = finals && has(r.final_scores, X, Y), early = has(r.scores, X, Y);
+    const same = late && early && r.dense && r.scores[X] === r.final_scores[X] && r.scores[Y] === r.final_scores[Y];
+    if (late) found.push({ r, final: true, main: true, v: r.final_scores });
+    if (early && !same) found.push({ r, final: false, main: !late, v: r.scores });
+  }
+  return found;
+}
+function point({ r, final, main, v }, x, y, X, Y) {
+  const role = r === chosen && main ? ", chosen" : onFront(r, final) ? ", on the front" : "", at = finalLength ? ` at ${count(final ? finalLength : trialLength)} tokens` : "";
+  const said = r.measurement ? `${title(r)}${at}${role}: ${NAMES[Y]} ${show(Y, v[Y])}, ${NAMES[X]} ${show(X, v[X])}` : `${title(r)} failed: ${r.reason}`;
+  const star = r === chosen && main;
   return s("g", {
-    class: `point ${kinds(r)}${final ? " final" : ""}`, "data-trial": final ? null : r.number, "data-final": final ? r.number : null,
-    tabindex: final ? null : 0, role: final ? null : "button", "aria-label": final ? null : said, "aria-hidden": final ? "true" : null,
-    "aria-pressed": final ? null : String(r === selected),
-    onclick: () => select(r), onkeydown: (e) => keys(e, r),
+    class: `point ${kinds(r, final)}${final ? " final" : ""}${main ? "" : " early"}`, "data-trial": main ? r.number : null,
+    "data-final": final && r.final ? r.number : null, "data-early": main ? null : r.number,
+    tabindex: main ? 0 : null, role: main ? "button" : null, "aria-label": main ? said : null, "aria-hidden": main ? null : "true",
+    "aria-pressed": main ? String(r === selected) : null,
+    onclick: () => select(r), onkeydown: main ? (e) => keys(e, r) : null,
     onpointerenter: (e) => tip(e, r, final), onpointermove: (e) => tip(e, r, final), onpointerleave: () => tip(null),
-  }, s("circle", { class: "hit", cx: x, cy: y, r: 13 }), shapes[final ? "diamond" : shapeOf(r)](x, y), final ? null : s("circle", { class: "ring", cx: x, cy: y, r: r === chosen ? 14 : 10.5 }));
+  }, s("circle", { class: "hit", cx: x, cy: y, r: 13 }), shapes[star ? "star" : shapeOf(r, final)](x, y), s("circle", { class: "ring", cx: x, cy: y, r: star ? 14 : main ? 10.5 : 8.5 }));
 }
 function zone(svg, X, Y, ax, ay, box) {
   const bounds = S.constraints.filter((c) => c.name === X || c.name === Y);
@@ -135,49 +152,80 @@ function zone(svg, X, Y, ax, ay, box) {
     if (!across && at >= box.y0 && at <= box.y1) svg.append(s("line", { class: "bound", x1: box.x0, x2: box.x1, y1: at, y2: at }), s("text", { class: "bound-name", x: box.x1 - 6, y: at - 6, "text-anchor": "end" }, text));
   }
 }
-function frontLine(X, Y, px, py) {
-  const same = X !== Y && S.objectives.includes(X) && S.objectives.includes(Y) && S.objectives.length === 2;
-  const on = measured.filter((r) => r.front && r.scores[X] !== undefined && r.scores[Y] !== undefined).sort((a, b) => a.scores[X] - b.scores[X]);
-  if (!same || on.length < 2 || S.scores[X].larger !== S.scores[Y].larger) return null;
-  let d = "";
-  on.forEach((r, i) => { const x = px(r.scores[X]), y = py(r.scores[Y]); d += i ? `H${x}V${y}` : `M${x} ${y}`; });
-  return s("path", { class: "steps", d });
+/* The steps through a front, where the axes are two of the scores that rows are compared in; of more scores than
+   two, through those of its rows that no other beats in these two. */
+function frontLine(X, Y, px, py, final) {
+  if (X === Y || !criteria.includes(X) || !criteria.includes(Y)) return null;
+  const of = (r) => (final ? r.final_scores : r.scores), better = (n, a, b) => worse(n, b, a);
+  const on = measured.filter((r) => onFront(r, final) && has(of(r), X, Y)).sort((a, b) => (better(X, of(a)[X], of(b)[X]) ? -1 : better(X, of(b)[X], of(a)[X]) ? 1 : better(Y, of(a)[Y], of(b)[Y]) ? -1 : 1));
+  const steps = on.filter((r, i) => on.slice(0, i).every((q) => better(Y, of(r)[Y], of(q)[Y]))).map((r) => [px(of(r)[X]), py(of(r)[Y])]);
+  if (steps.length < 2) return null;
+  const d = steps.map(([x, y], i) => (i ? `H${x}V${y}` : `M${x} ${y}`)).join("");
+  return { steps, path: s("path", { class: `steps ${final ? "final" : "first"}${finalLength ? "" : " only"}`, d }) };
+}
+/* The name of a line, at whichever of its levels covers the fewest of `taken` (points, boxes of words) and of the lines' upright parts. */
+function lineName(line, text, final, box, taken, lines) {
+  const w = text.length * 7, found = [];
+  const upright = lines.flatMap(([l]) => l.steps.slice(1).map(([x, y], i) => ({ x, top: Math.min(l.steps[i][1], y), end: Math.max(l.steps[i][1], y) })));
+  const cut = (x, y) => upright.filter((u) => u.x > x - 4 && u.x < x + w + 4 && u.end > y - 12 && u.top < y + 4).length;
+  const over = (x, y) => taken.filter((t) => (t.w ? x < t.x + t.w && t.x < x + w && Math.abs(t.y - y) < 15 : t.x > x - 8 && t.x < x + w + 8 && t.y > y - 18 && t.y < y + 9)).length;
+  for (let i = 1; i < line.steps.length; i++) {
+    const [x0, y] = line.steps[i - 1], [x1, low] = line.steps[i];
+    for (const x of [x0 + 10, (x0 + x1 - w) / 2, x1 - w - 10]) for (const at of [y - 7, y + 16]) found.push([x, at, x1 - x0 < w]);
+    for (const at of [(y + low) / 2 + 4, y + 30, low - 24]) found.push([x1 + 8, at, Math.abs(low - y) < 60], [x1 - w - 8, at, Math.abs(low - y) < 60]);
+  }
+  const fits = found.filter(([x, y]) => x >= box.x0 + 4 && x + w <= box.x1 && y >= box.y0 + 10 && y <= box.y1 - 4);
+  const best = fits.map(([x, y, away]) => [(over(x, y) + cut(x, y)) * 2 + away, x, y]).sort((a, b) => a[0] - b[0])[0];
+  if (!best || best[0] > 4) return null;
+  taken.push({ x: best[1], y: best[2], w });
+  return s("text", { class: `line-name ${final ? "final" : "first"}`, x: best[1], y: best[2] }, text);
+}
+function axes(svg, X, Y, ax, ay, box) {
+  svg.append(s("line", { class: "axis", x1: box.x0, x2: box.x1, y1: box.y1, y2: box.y1 }));
+  for (const t of ay.ticks) svg.append(s("line", { class: "grid", x1: box.x0, x2: box.x1, y1: ay.at(t), y2: ay.at(t) }), s("text", { x: box.x0 - 9, y: ay.at(t) + 4, "text-anchor": "end" }, tick(Y, t)));
+  let edge = -1e9;
+  for (const t of ax.ticks) { const x = ax.at(t); svg.append(s("line", { class: "grid", x1: x, x2: x, y1: box.y0, y2: box.y1 })); if (x - edge > 46) { svg.append(s("text", { x, y: box.y1 + 19, "text-anchor": "middle" }, tick(X, t))); edge = x; } }
+}
+function plot(svg, X, Y, found, box) {
+  const ax = axis(X, found.map((p) => p.v[X]), box.x0, box.x1, 34), ay = axis(Y, found.map((p) => p.v[Y]), box.y1, box.y0, -34);
+  const at = (p) => [ax.at(p.v[X]), ay.at(p.v[Y])], finals = found.some((p) => p.final), lines = [];
+  zone(svg, X, Y, ax, ay, box);
+  axes(svg, X, Y, ax, ay, box);
+  for (const final of [false, true]) {
+    const line = final && !finals ? null : frontLine(X, Y, ax.at, ay.at, final);
+    if (line) { svg.append(line.path); lines.push([line, final]); }
+  }
+  for (const p of found) if (!p.main) { const q = found.find((o) => o.main && o.r === p.r), [x1, y1] = at(p), [x2, y2] = at(q); svg.append(s("line", { class: `tie${p.r === selected ? " selected" : ""}`, x1, y1, x2, y2 })); }
+  const rank = (p) => [p.main, onFront(p.r, p.final), p.final, p.r === chosen, p.r === selected].reduce((n, b, i) => n + (b ? 1 << i : 0), 0);
+  const order = [...found].sort((a, b) => rank(a) - rank(b)), taken = found.map((p) => { const [x, y] = at(p); return { x, y }; }), names = [];
+  for (const p of order) svg.append(point(p, ...at(p), X, Y));
+  for (const p of order) if (p.main && (p.r.dense || p.r === chosen || p.r === selected)) {
+    const [x, y] = at(p), left = x > box.x1 - 90, text = p.r === chosen ? `chosen: ${p.r.number}` : p.r.dense ? "dense" : String(p.r.number);
+    const level = y < box.y0 + 40 ? y + 18 : y - 9;  // below, where a bound's name stands above
+    names.push(s("text", { class: "label", x: left ? x - 16 : x + 16, y: level, "text-anchor": left ? "end" : "start" }, text));
+    taken.push({ x: left ? x - 16 - text.length * 7 : x + 16, y: level, w: text.length * 7 });
+  }
+  for (const c of S.constraints) if (c.name === X) taken.push({ x: ax.at(c.bound), y: box.y0 + 12, w: 96 });
+  if (finals) for (const [line, final] of lines.reverse()) { const name = lineName(line, `${box.x1 - box.x0 < 400 ? "" : "front "}at ${count(final ? finalLength : trialLength)} tokens`, final, box, taken, lines); if (name) svg.append(name); }
+  svg.append(...names);
+  return lines.length > 0;
 }
 function chart() {
-  const X = $("axis-x").value, Y = $("axis-y").value, finals = $("show-final").checked;
-  const W = Math.max(280, $("chart").clientWidth), H = Math.round(Math.min(500, Math.max(320, W * 0.66)));
+  const X = $("axis-x").value, Y = $("axis-y").value, found = spots(X, Y);
+  const W = Math.max(280, $("chart").clientWidth), H = Math.round(Math.min(540, Math.max(320, W * 0.74)));
   const strip = failed.length ? 46 : 0, box = { x0: 58, x1: W - 14 - strip, y0: 16, y1: H - 46 };
-  const here = measured.filter((r) => r.scores[X] !== undefined && r.scores[Y] !== undefined);
-  const again = finals ? rows.filter((r) => r.final && r.final_scores[X] !== undefined && r.final_scores[Y] !== undefined) : [];
-  const values = (n) => [...here.map((r) => r.scores[n]), ...again.map((r) => r.final_scores[n])];
   const svg = s("svg", { viewBox: `0 0 ${W} ${H}`, height: H, role: "group", "aria-label": `${NAMES[Y]} against ${NAMES[X]} of every trial` });
-  if (here.length || again.length) {
-    const ax = axis(X, values(X), box.x0, box.x1, 34), ay = axis(Y, values(Y), box.y1, box.y0, -34);
-    zone(svg, X, Y, ax, ay, box);
-    svg.append(s("line", { class: "axis", x1: box.x0, x2: box.x1, y1: box.y1, y2: box.y1 }));
-    for (const t of ay.ticks) svg.append(s("line", { class: "grid", x1: box.x0, x2: box.x1, y1: ay.at(t), y2: ay.at(t) }), s("text", { x: box.x0 - 9, y: ay.at(t) + 4, "text-anchor": "end" }, tick(Y, t)));
-    let edge = -1e9;
-    for (const t of ax.ticks) { const x = ax.at(t); svg.append(s("line", { class: "grid", x1: x, x2: x, y1: box.y0, y2: box.y1 })); if (x - edge > 46) { svg.append(s("text", { x, y: box.y1 + 19, "text-anchor": "middle" }, tick(X, t))); edge = x; } }
-    const line = frontLine(X, Y, ax.at, ay.at);
-    if (line) svg.append(line);
-    for (const r of again) if (here.includes(r)) svg.append(s("line", { class: "tie", x1: ax.at(r.scores[X]), y1: ay.at(r.scores[Y]), x2: ax.at(r.final_scores[X]), y2: ay.at(r.final_scores[Y]) }));
-    for (const r of again) svg.append(point(r, ax.at(r.final_scores[X]), ay.at(r.final_scores[Y]), true, X, Y));
-    const order = [...here].sort((a, b) => (a.front - b.front) || ((a === chosen) - (b === chosen)) || ((a === selected) - (b === selected)));
-    for (const r of order) svg.append(point(r, ax.at(r.scores[X]), ay.at(r.scores[Y]), false, X, Y));
-    for (const r of order) if (r.dense || r === chosen || r === selected) {
-      const x = ax.at(r.scores[X]), y = ay.at(r.scores[Y]), left = x > box.x1 - 90;
-      svg.append(s("text", { class: "label", x: left ? x - 16 : x + 16, y: y + (left ? -8 : -9), "text-anchor": left ? "end" : "start" }, r === chosen ? `chosen: ${r.number}` : r.dense ? "dense" : String(r.number)));
-    }
-  }
+  const drawn = found.length > 0 && plot(svg, X, Y, found, box);
   svg.append(s("text", { class: "name", x: (box.x0 + box.x1) / 2, y: H - 6, "text-anchor": "middle" }, NAMES[X] + (UNITS[X] ? `, ${UNITS[X]}` : ", relative to dense")));
   svg.append(s("text", { class: "name", transform: `translate(12 ${(box.y0 + box.y1) / 2}) rotate(-90)`, "text-anchor": "middle" }, NAMES[Y] + (UNITS[Y] ? `, ${UNITS[Y]}` : ", relative to dense")));
   if (failed.length) {
     const x = W - 20, gap = Math.min(22, (box.y1 - box.y0 - 16) / failed.length);
     svg.append(s("text", { x: x + 6, y: box.y1 + 19, "text-anchor": "end" }, "failed"));
-    failed.forEach((r, i) => svg.append(point(r, x, box.y1 - 12 - i * gap, false, X, Y)));
+    failed.forEach((r, i) => svg.append(point({ r, final: false, main: true, v: {} }, x, box.y1 - 12 - i * gap, X, Y)));
   }
   const focus = document.activeElement && document.activeElement.dataset ? document.activeElement.dataset.trial : null;
   $("chart").replaceChildren(svg);
+  legend(drawn, found);
   if (focus) { const g = svg.querySelector(`[data-trial="${focus}"]`); if (g) g.focus({ preventScroll: true }); }
 }
 function keys(e, r) {
@@ -185,7 +233,8 @@ function keys(e, r) {
   const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[e.key];
   if (!step) return;
   e.preventDefault();
-  const X = $("axis-x").value, line = [...measured].sort((a, b) => a.scores[X] - b.scores[X]).concat(failed);
+  const X = $("axis-x").value, found = spots(X, $("axis-y").value).filter((p) => p.main);
+  const line = found.sort((a, b) => a.v[X] - b.v[X]).map((p) => p.r).concat(failed);
   const next = line[(line.indexOf(r) + step + line.length) % line.length];
   select(next);
   const g = document.querySelector(`.point[data-trial="${next.number}"]`);
@@ -194,16 +243,22 @@ function keys(e, r) {
 function tip(e, r, final) {
   const box = $("tip");
   if (!e) { box.hidden = true; return; }
-  const v = final ? r.final_scores : r.scores, told = final ? r.final : r.measurement;
-  box.replaceChildren(h("b", {}, title(r) + (told ? ` at ${count(told.length)} tokens` : "")), told ? `KL ${show("kl", v.kl)} · bytes ${show("bytes", v.bytes)}` + (v.decode !== undefined ? ` · decode ${show("decode", v.decode)}` : "") : r.reason, h("div", {}, r.words));
+  const v = final ? r.final_scores : r.scores, told = final && r.final ? r.final : r.measurement, length = final ? finalLength : told && told.length;
+  box.replaceChildren(h("b", {}, title(r) + (told ? ` at ${count(length)} tokens` : "")), told ? `KL ${show("kl", v.kl)} · bytes ${show("bytes", v.bytes)}` + (v.decode !== undefined ? ` · decode ${show("decode", v.decode)}` : "") : r.reason, h("div", { class: "what" }, r.words));
   box.hidden = false;
   const w = box.offsetWidth, t = box.offsetHeight;
   box.style.left = Math.max(8, Math.min(innerWidth - w - 8, e.clientX + 16)) + "px";
   box.style.top = Math.max(8, e.clientY + t + 24 > innerHeight ? e.clientY - t - 14 : e.clientY + 16) + "px";
 }
-function legend() {
+function legend(drawn, found) {
   const item = (shape, cls, text) => h("span", {}, s("svg", { width: 18, height: 18, "aria-hidden": "true" }, s("g", { class: `point ${cls}` }, shapes[shape](9, 9))), text);
-  const items = [chosen && item("star", "chosen", "chosen"), item("dot", "front", "on the front"), item("dot", "", "beaten"), item("square", "dense", "dense: the model's own attention"), finalLength && item("diamond", "final", `the same at ${count(finalLength)} tokens, other text`), failed.length && item("cross", "failed", "failed")];
+  const line = (cls, mark, text) => h("span", {}, s("svg", { width: 34, height: 18, "aria-hidden": "true" }, drawn ? s("path", { class: `steps ${cls}`, d: "M1 9H33" }) : null, s("g", { class: `point front ${cls}` }, shapes[mark](17, 9))), text);
+  const finals = found.some((p) => p.final && p.r.final), early = found.some((p) => !p.final && !p.r.dense);
+  const tie = () => h("span", {}, s("svg", { width: 24, height: 18, "aria-hidden": "true" }, s("line", { class: "tie", x1: 1, y1: 9, x2: 23, y2: 9 })), "one recipe at both");
+  const items = [chosen && item("star", "chosen", `chosen: ${chosen.number}`)];
+  if (finals) items.push(line("final", "diamond", `front at ${count(finalLength)} tokens, other text`), found.some((p) => p.final && !p.r.final_front) && item("diamond", "final", `beaten at ${count(finalLength)}`));
+  if (early) items.push(line(finalLength ? "first" : "first only", "dot", `front at ${count(trialLength)} tokens${finals ? ", searched on" : ""}`), item("dot", "", finals ? `beaten at ${count(trialLength)}` : "beaten"), finals && tie());
+  items.push(item("square", "dense", "dense: the model's own attention"), failed.length && item("cross", "failed", "failed"));
   $("legend").replaceChildren(...items.filter(Boolean));
 }
 
@@ -216,7 +271,7 @@ function detail() {
   const r = selected, box = $("detail");
   if (!r) return;
   const tag = (cls, text) => h("span", { class: `tag ${cls}` }, text);
-  const tags = [r === chosen && tag("chosen", "chosen"), r.front && tag("front", "on the front"), !r.measurement && tag("bad", "failed"), r.measurement && S.constraints.length && (r.meets ? tag("good", "meets the constraints") : tag("", "misses a constraint"))].filter(Boolean);
+  const tags = [r === chosen && tag("chosen", "chosen"), r.final_front && tag("again", `on the front at ${count(finalLength)}`), r.front && tag("front", finalLength ? `on the front at ${count(trialLength)}` : "on the front"), !r.measurement && tag("bad", "failed"), r.measurement && S.constraints.length && (r.meets ? tag("good", "meets the constraints") : tag("", "misses a constraint"))].filter(Boolean);
   const kids = [h("h3", {}, title(r)), h("div", {}, tags), h("p", { class: "what" }, r.words)];
   if (!r.measurement) kids.push(h("p", {}, h("b", {}, "Reason: "), r.reason));
   else {
@@ -272,11 +327,13 @@ function picture() {
 }
 
 /* ---- the table ------------------------------------------------------------------------------ */
+const fronts = (r) => (!finalLength ? (r.front ? "yes" : "") : [r.front && count(trialLength), r.final_front && count(finalLength)].filter(Boolean).join(" · "));
 let sorting = { key: "number", down: false };
 const columns = [
   { key: "number", name: "trial", of: (r) => r.number, text: (r) => (r === chosen ? "★ " : "") + r.number },
   ...Object.keys(S.scores).filter((n) => ["kl", "top1", "bytes", "prefill", "decode", "recall"].includes(n) && measured.some((r) => r.scores[n] !== undefined)).map((n) => ({ key: n, name: { kl: "KL", kl_last_half: "last half", top1: "top-1" }[n] || n, of: (r) => r.scores[n], text: (r) => show(n, r.scores[n]) })),
-  ...(finalLength ? ["kl", "bytes", "decode"].filter((n) => rows.some((r) => r.final_scores[n] !== undefined)).map((n) => ({ key: "final_" + n, name: `${n === "kl" ? "KL" : n} at ${count(finalLength)}`, of: (r) => r.final_scores[n], text: (r) => (r.final ? show(n, r.final_scores[n]) : "") })) : []),
+  ...(finalLength ? ["kl", "bytes", "decode"].filter((n) => rows.some((r) => r.final_scores[n] !== undefined)).map((n) => ({ key: "final_" + n, name: `${n === "kl" ? "KL" : n} at ${count(finalLength)}`, of: (r) => r.final_scores[n], text: (r) => (r.final_scores[n] === undefined ? "" : show(n, r.final_scores[n])) })) : []),
+  { key: "fronts", name: finalLength ? "on the front at" : "on the front", of: (r) => -(2 * r.final_front + r.front), text: fronts },
   { key: "words", name: "what", of: (r) => r.words, cls: "text" },
 ];
 function trials() {
@@ -287,7 +344,7 @@ function trials() {
     return sign * (typeof x === "string" ? x.localeCompare(y) : x - y) || a.number - b.number;
   });
   const head = h("tr", {}, columns.map((c) => h("th", { scope: "col", class: c.cls, "aria-sort": c === column ? (sorting.down ? "descending" : "ascending") : null }, h("button", { type: "button", "data-sort": c.key, onclick: () => { sorting = { key: c.key, down: sorting.key === c.key && !sorting.down }; trials(); document.querySelector(`[data-sort="${c.key}"]`).focus(); } }, c.name))));
-  const body = order.map((r) => h("tr", { class: kinds(r), "data-row": r.number, tabindex: 0, onclick: () => select(r), onkeydown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); select(r); } } },
+  const body = order.map((r) => h("tr", { class: kinds(r, Boolean(finalLength)) + (finalLength ? " late" : ""), "data-row": r.number, tabindex: 0, onclick: () => select(r), onkeydown: (e) => { if (e.key === "Enter" || e.key === " ") { e.preventDefault(); select(r); } } },
     columns.map((c) => h("td", { class: c.cls }, c.text ? c.text(r) : [r.words, r.reason ? h("em", {}, "failed: " + r.reason) : null]))));
   $("trials").replaceChildren(h("thead", {}, head), h("tbody", {}, body));
 }
@@ -303,7 +360,7 @@ function how() {
     const c = S.control, own = c ? ` Dense against itself, timed the same way: prefill ${c.prefill.ratio.median.toFixed(3)}× (${c.prefill.ratio.low.toFixed(2)} to ${c.prefill.ratio.high.toFixed(2)}), decode ${c.decode.ratio.median.toFixed(3)}× (${c.decode.ratio.low.toFixed(2)} to ${c.decode.ratio.high.toFixed(2)}). A difference smaller than that is noise.` : "";
     box.append(h("h3", {}, "Seconds"), h("p", {}, `${timed.repeats} interleaved pairs with dense, right after both sides had run: prefill of ${count(timed.context)} tokens and ${timed.steps} single-token steps each; the ratio is the median over pairs, the range is the lowest and highest pair.${own}`));
   }
-  box.append(h("h3", {}, "Windows"), h("p", {}, `The text's ${count(f.tokens || 0)} tokens are cut in three: one part to fit on, one to choose on (${plan.windows || ""} disjoint windows), one to report on (${plan.final_windows || ""} disjoint windows of ${count(plan.final_length || 0)} tokens). No figure comes from text a recipe was fitted to; the figures at ${count(plan.final_length || 0)} tokens come from text that chose nothing. Mechanisms that drop tokens lose less in short trials than in long texts, so the best row of every combination that meets the constraints is measured again, and the choice is made there.`));
+  box.append(h("h3", {}, "Windows"), h("p", {}, `The text's ${count(f.tokens || 0)} tokens are cut in three: one part to fit on, one to choose on (${plan.windows || ""} disjoint windows), one to measure a few again on (${plan.final_windows || ""} disjoint windows of ${count(plan.final_length || 0)} tokens). No figure comes from text a recipe was fitted to. Mechanisms that drop tokens lose less in short trials than in long texts, so the best row of every combination that meets the constraints is measured again, and the choice is made there: the chosen recipe is on the front of what was measured at that length. Its figures are those it was chosen by, among ${rows.filter((r) => r.final).length}; dense, which all are compared with, is on that front without a measurement of its own.`));
   const versions = Object.entries(m.versions || {}).filter((v) => v[1]).map(([k, v]) => `${k} ${v}`).join(", ");
   const bad = Object.entries(f.failed_finals || {}).map(([k, v]) => `trial ${k}: ${v}`).join("; ");
   box.append(h("h3", {}, "Facts"), list([
@@ -311,7 +368,7 @@ function how() {
     ["Text", f.text && `${count(f.tokens || 0)} tokens, digest ${f.text}`],
     ["Machine", m.processor && `${m.processor}, ${m.cores} cores, ${m.threads} threads, on ${m.device}`],
     ["System", m.system && `${m.system}, Python ${m.python}`], ["Versions", versions], ["Commit", m.commit], ["Seed", plan.seed !== undefined && String(plan.seed)],
-    ["Objectives", S.objectives.join(", ")], ["Could not be measured again", bad],
+    ["Objectives", S.objectives.join(", ")], ["Compared in", criteria.length > S.objectives.length && criteria.join(", ")], ["Could not be measured again", bad],
     ["Trial time", measured.length && `${Math.round(rows.reduce((t, r) => t + r.seconds, 0))} s for ${rows.length} trials`],
   ]));
 }
@@ -334,7 +391,7 @@ function start() {
   if (!finalLength) $("show-final").parentElement.hidden = true;
   const asked = /^#trial-(\d+)$/.exec(location.hash);
   if (asked && byNumber.has(+asked[1])) selected = byNumber.get(+asked[1]);
-  headline(); verdict(); legend(); chart(); detail(); picture(); trials(); how();
+  headline(); verdict(); chart(); detail(); picture(); trials(); how();
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; chart(); picture(); } });
 }
