@@ -80,8 +80,8 @@ def _gguf_file() -> Path:
 
 def _convert(source: Path, target: Path) -> None:
     """Write `source` as safetensors to `target`. Two processes may do so at once: the first rename wins."""
-    need("gguf", "demo")
-    need("accelerate", "demo")
+    need("gguf")
+    need("accelerate")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
