@@ -36,7 +36,7 @@ class Plan:
     steps: int = 16
     final_length: int = 3000
     final_windows: int = 2
-    final_repeats: int = 3
+    final_repeats: int = 2
     final_members: int = 4
     facts: int = 6
     calibration_tokens: int = 1024
