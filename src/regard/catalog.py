@@ -19,7 +19,13 @@ from regard.core.card import Card, Option
 from regard.core.errors import RegardError, choose
 
 # Site -> the verbs a file there may define (docs/design.md, "Mechanism file").
-VERBS = {"masks": ("allow",), "cache": ("keep", "encode")}
+VERBS = {
+    "masks": ("allow",),
+    "cache": ("keep", "encode"),
+    "qkv": ("prepare",),
+    "heads": ("mix",),
+    "parameters": ("edit",),
+}
 
 OPS = Path(__file__).parent / "ops"
 _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}

@@ -9,10 +9,13 @@ from contracts.replay import everything_kept, record_codes, replay_codes
 from contracts.subjects import MECHANISMS, NEUTRAL, example, neutral
 from families import FAMILIES, VOCABULARY, tiny
 from regard.adapters.families import open_decoder
+from regard.catalog import find
 from regard.measure.quality import quality
 from regard.measure.text import windows
 
 SUBJECTS = [pytest.param(stem, family, id=f"{stem}-{family}") for stem in MECHANISMS for family in FAMILIES]
+# Where the prompt ends in runs that do not generate.
+PROMPT = 21
 CUTS = {"token by token": list(range(21, 35)), "chunks": [6, 7, 16, 21, 30], "odd": [1, 2, 20]}
 
 
@@ -32,10 +35,10 @@ def test_cached_decoding_replays_as_one_full_forward(stem, family):
     ids, mask = prompts(length=36)
     for cuts in CUTS.values():
         tape = {}
-        with regard.attach(model, recipe) as handle:
+        with regard.attach(model, recipe) as handle, handle.prompting(PROMPT):
             record_codes(handle, tape)
             cached = forced(model, ids, mask, cuts)
-        with everything_kept(), regard.attach(model, recipe) as handle:
+        with everything_kept(), regard.attach(model, recipe) as handle, handle.prompting(PROMPT):
             replay_codes(handle, tape)
             full = at_once(model, ids, mask)
         real = mask.bool()
@@ -46,10 +49,12 @@ def test_cached_decoding_replays_as_one_full_forward(stem, family):
 def test_a_padded_batch_equals_single_runs(stem, family):
     model = exact(tiny(family))
     ids, mask = prompts(rows=3, length=30, padding=7)
-    with regard.attach(model, example(stem, open_decoder(model))):
-        together = forced(model, ids, mask, [11, 29])
+    with regard.attach(model, example(stem, open_decoder(model))) as handle:
+        with handle.prompting(PROMPT):
+            together = forced(model, ids, mask, [11, 29])
         for row, pad in enumerate([7, 0, 0]):
-            alone = forced(model, ids[row : row + 1, pad:], mask[row : row + 1, pad:], [11 - pad, 29 - pad])
+            with handle.prompting(PROMPT - pad):
+                alone = forced(model, ids[row : row + 1, pad:], mask[row : row + 1, pad:], [11 - pad, 29 - pad])
             torch.testing.assert_close(together[row : row + 1, pad:], alone, atol=_close(model), rtol=1e-6)
 
 
@@ -78,9 +83,9 @@ def test_a_saved_recipe_applies_again(stem, tmp_path):
     assert again.digest == recipe.digest
     assert again.shape == recipe.shape
     ids, mask = prompts()
-    with regard.attach(model, recipe):
+    with regard.attach(model, recipe) as handle, handle.prompting(PROMPT):
         first = at_once(model, ids, mask)
-    with regard.attach(model, again):
+    with regard.attach(model, again) as handle, handle.prompting(PROMPT):
         assert torch.equal(at_once(model, ids, mask), first)
 
 
@@ -103,6 +108,8 @@ def test_the_scorer_sees_every_mechanism_and_nothing_else(stem, chunk):
     drawn = torch.randint(2, VOCABULARY - 6, (120,), generator=torch.Generator().manual_seed(0))
     held = windows(drawn, 40, 16, 2)
     placements = example(stem, decoder).placements
-    assert quality(model, placements, held, chunk).kl > 1e-6
+    found = quality(model, placements, held, chunk).kl
+    # An exact mechanism is the model in other numbers: what it loses is rounding.
+    assert found < 1e-6 if find(stem).card.exact else found > 1e-6
     nothing = neutral(stem, decoder).placements if stem in NEUTRAL else ()
     assert quality(model, nothing, held, chunk).kl == 0

@@ -109,7 +109,7 @@ def test_card_agrees_with_the_file(name):
     assert entry.card == module.CARD
     for verb in entry.verbs:
         code = getattr(module, verb).__code__
-        keywords = set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
+        keywords = set(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
         assert keywords == set(entry.card.options), f"{verb} takes {keywords}"
     if entry.card.neutral is not None:
         catalog.check_options(entry, entry.card.neutral)

@@ -1,19 +1,37 @@
 """Placements to Slots: what each layer will do differently, checked before any model is touched."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor, nn
+
 from regard import catalog
+from regard.adapters import projections
 from regard.adapters.families import Decoder
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Indices, Placement, Where
+from regard.core.projections import Projections
 from regard.core.slots import Slots
 from regard.core.store import Codec
 
 
-def bind(placements: Iterable[Placement], decoder: Decoder) -> tuple[Slots | None, ...]:
-    """One entry a layer: its Slots, or None where every mechanism placed there is at its neutral setting.
+@dataclass(frozen=True)
+class Bound:
+    """What placements come to on one model.
+
+    Args:
+        slots: one entry a layer, None where every mechanism placed there is at its neutral setting.
+        weights: parameters that change, with their new values.
+    """
+
+    slots: tuple[Slots | None, ...]
+    weights: tuple[tuple[nn.Parameter, Tensor], ...]
+
+
+def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
+    """Ask every placed mechanism what it does to each layer; nothing is touched.
 
     Raises:
         RegardError: an unknown mechanism, option, layer or head; a missing trained tensor or one of another
@@ -28,11 +46,17 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> tuple[Slots | Non
         heads = _indices("head", placement.heads, decoder.kv_heads)
         module = catalog.load(placement.stem)
         for index in _indices("layer", placement.layers, decoder.layers):
-            where = Where(index, decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim)
+            where = Where(index, decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim, heads)
             for verb in entry.verbs:
                 layers[index].claim(verb, entry.stem, heads)
-                layers[index].take(verb, getattr(module, verb)(where, **options), heads)
-    return tuple(layer.slots() for layer in layers)
+                if verb == "edit":
+                    now = layers[index].projections or projections.read(decoder, index)
+                    layers[index].projections = module.edit(where, now, **options) or layers[index].projections
+                else:
+                    layers[index].take(verb, getattr(module, verb)(where, **options), heads)
+    edited = ((layer.index, layer.projections) for layer in layers)
+    weights = (pair for index, made in edited if made is not None for pair in projections.write(decoder, index, made))
+    return Bound(tuple(layer.slots() for layer in layers), tuple(weights))
 
 
 class _Layer:
@@ -45,12 +69,14 @@ class _Layer:
         self.patterns: list[list[Pattern]] = [[] for _ in range(self.kv_heads)]
         self.key_codec: list[Codec | None] = [None] * self.kv_heads
         self.value_codec: list[Codec | None] = [None] * self.kv_heads
+        self.edits: dict[str, list[Any]] = {"prepare": [], "mix": []}
+        self.projections: Projections | None = None
         self.claims: dict[tuple[str, int], str] = {}
 
     def claim(self, verb: str, stem: str, heads: tuple[int, ...]) -> None:
-        """Masks intersect; one `keep` and one `encode` a head, and no mechanism twice."""
+        """Masks intersect and edits chain; one `keep` and one `encode` a head, and no mechanism twice."""
         for head in heads:
-            name = f"{verb} of {stem}" if verb == "allow" else verb
+            name = verb if verb in ("keep", "encode") else f"{verb} of {stem}"
             other = self.claims.setdefault((name, head), stem)
             if other != stem or self.claims.get((name, -1 - head)):
                 both = repr(stem) if other == stem else f"{other!r} and {stem!r}"
@@ -61,6 +87,10 @@ class _Layer:
             self.claims[(name, -1 - head)] = stem
 
     def take(self, verb: str, made: Any, heads: tuple[int, ...]) -> None:
+        """Put what a verb made in its place; an edit that is None is neutral."""
+        if verb in self.edits:
+            self.edits[verb] += [made] if made is not None else []
+            return
         for head in heads:
             if verb == "encode":
                 self.key_codec[head], self.value_codec[head] = made
@@ -77,11 +107,12 @@ class _Layer:
             heads.append(pattern)
         restricted = any(not p.is_causal for patterns in self.patterns for p in patterns)
         encoded = any(codec is not None for codec in (*self.key_codec, *self.value_codec))
-        if not restricted and not encoded:
+        if not restricted and not encoded and not any(self.edits.values()):
             return None
         same = all(pattern == heads[0] for pattern in heads)
         pattern = heads[0] if same else Pattern.stack_heads(heads)
-        return Slots(pattern, tuple(self.key_codec), tuple(self.value_codec))
+        edits = {verb: tuple(made) for verb, made in self.edits.items()}
+        return Slots(pattern, tuple(self.key_codec), tuple(self.value_codec), **edits)
 
 
 def _indices(kind: str, written: Indices, count: int) -> tuple[int, ...]:

@@ -8,9 +8,10 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from regard.core.errors import RegardError
-from regard.core.pattern import Pattern
+from regard.core.slots import Slots, State
 from regard.core.step import Step
 from regard.core.store import Store, View
+from regard.ops.layer import run
 
 # torch.compile leaves stores to Python: their shapes change with every token.
 eager: Callable[[Any], Any] = torch.compiler.disable
@@ -19,12 +20,12 @@ eager: Callable[[Any], Any] = torch.compiler.disable
 class StoreView:
     """What `update` returns in place of keys and values: the store's view with this forward's step."""
 
-    def __init__(self, view: View, pattern: Pattern, step: Step):
-        self._view, self._pattern, self._step = view, pattern, step
+    def __init__(self, view: View, slots: Slots, step: Step, state: State):
+        self._view, self._slots, self._step, self._state = view, slots, step, state
 
-    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
-        """Attention of `q [B, H, T, D]`: `(out [B, H, T, Dv], lse [B, H, T])`."""
-        return self._view.attend(q, pattern=self._pattern, step=self._step, scale=scale, softcap=softcap)
+    def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+        """Attention of `q [B, H, T, D]` with everything the layer's slots say: `out [B, H, T, Dv]`."""
+        return run(self._slots, self._view, q, self._step, self._state, scale=scale, softcap=softcap)
 
 
 class StoreLayer(CacheLayerMixin):
@@ -42,9 +43,9 @@ class StoreLayer(CacheLayerMixin):
     is_compileable = False
     supports_early_init = False
 
-    def __init__(self, store: Store, pattern: Pattern, recipe: str, window: int | None):
+    def __init__(self, store: Store, slots: Slots, recipe: str, window: int | None):
         super().__init__()
-        self.store, self.pattern, self.recipe, self.sliding_window = store, pattern, recipe, window
+        self.store, self.slots, self.recipe, self.sliding_window = store, slots, recipe, window
         self.is_sliding = window is not None
         self.step: Step | None = None
         self.record_past = False
@@ -57,7 +58,11 @@ class StoreLayer(CacheLayerMixin):
         """Write `key_states`, `value_states [B, Hk, T, *]`; the returned view takes their place."""
         if self.step is None:
             raise RegardError(f"this cache was made under recipe {self.recipe}; attach that recipe to go on with it")
-        view = StoreView(self.store.append(key_states, value_states, self.step), self.pattern, self.step)
+        for edit in self.slots.prepare:
+            key_states, value_states = edit.key(key_states, self.step), edit.value(value_states, self.step)
+        view = StoreView(
+            self.store.append(key_states, value_states, self.step), self.slots, self.step, self.store.state
+        )
         self.is_initialized = True
         return view, view
 

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from regard.adapters import seam
-from regard.adapters.bind import bind
+from regard.adapters.bind import Bound, bind
 from regard.adapters.cache_layer import StoreView, eager
 from regard.adapters.families import Decoder, open_decoder
 from regard.adapters.memory import live_bytes
 from regard.adapters.requests import Requests
 from regard.core.errors import RegardError
 from regard.core.placement import Placement
-from regard.core.slots import Slots
 
 
 def install(
@@ -44,10 +43,10 @@ def install(
     implementation = decoder.config._attn_implementation or "eager"
     for part in decoder.attentions:
         seam.own_attention(part, implementation)
-    slots = bind(placements, decoder)
-    if any(slots):
+    bound = bind(placements, decoder)
+    if any(bound.slots):
         _refuse_prompt_learning(model)
-    return Handle(model, decoder, slots, implementation, digest(placements))
+    return Handle(model, decoder, bound, implementation, digest(placements))
 
 
 def _refuse_prompt_learning(model: nn.Module) -> None:
@@ -77,12 +76,10 @@ class Handle:
     Caches made while attached belong to its recipe: they cannot be read under another one.
     """
 
-    def __init__(
-        self, model: nn.Module, decoder: Decoder, slots: tuple[Slots | None, ...], implementation: str, recipe: str
-    ):
-        self.model, self.decoder, self.slots, self.digest = model, decoder, slots, recipe
-        self._implementation = implementation
-        self._requests = Requests(decoder, decoder.config, slots, recipe)
+    def __init__(self, model: nn.Module, decoder: Decoder, bound: Bound, implementation: str, recipe: str):
+        self.model, self.decoder, self.slots, self.digest = model, decoder, bound.slots, recipe
+        self._implementation, self._weights = implementation, bound.weights
+        self._requests = Requests(decoder, decoder.config, bound.slots, recipe)
         self._surgery = seam.Surgery()
         try:
             self._install()
@@ -95,6 +92,8 @@ class Handle:
         runs = [None if slots is None else _from_store for slots in self.slots]
         seats = [seam.Seat(index, self._implementation, run) for index, run in enumerate(runs)]
         surgery.seat(module, self.decoder.attentions, seats)
+        for parameter, made in self._weights:
+            surgery.assign(parameter, made)
         if any(self.slots):
             surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
             surgery.hook(module.register_forward_hook(lambda *_: self._requests.end(), always_call=True))
@@ -129,6 +128,10 @@ class Handle:
     def responding(self) -> AbstractContextManager[None]:
         """Rows of forwards inside are response rows, as those that `generate` adds are; others are prompt rows."""
         return self._requests.responding()
+
+    def prompting(self, length: int) -> AbstractContextManager[None]:
+        """Requests inside have a prompt of `length` arrivals (`generate` tells this by itself)."""
+        return self._requests.prompting(length)
 
     def explain(self) -> str:
         """What runs in each layer, equal layers together."""
@@ -176,4 +179,4 @@ def _from_store(call: seam.Call) -> Tensor:
     if not isinstance(call.key, StoreView):
         raise RegardError(f"layer {call.seat.layer} got keys around its store; a mechanism there would be bypassed")
     call.refuse_extras()
-    return call.key.attend(call.query, scale=call.scale, softcap=call.softcap)[0]
+    return call.key.attend(call.query, scale=call.scale, softcap=call.softcap)

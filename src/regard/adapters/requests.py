@@ -51,13 +51,19 @@ class Requests:
         def told(*args: Any, **kwargs: Any) -> Any:
             named = map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))
             first = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
-            before, self._prompt = self._prompt, 1 if first is None else first.shape[1]
-            try:
+            with self.prompting(1 if first is None else first.shape[1]):
                 return generate(*args, **kwargs)
-            finally:
-                self._prompt = before
 
         return told
+
+    @contextmanager
+    def prompting(self, length: int) -> Iterator[None]:
+        """Requests inside have a prompt of `length` arrivals, however many forwards it comes in."""
+        before, self._prompt = self._prompt, length
+        try:
+            yield
+        finally:
+            self._prompt = before
 
     def preparing(self, prepare: Callable[..., None]) -> Callable[..., None]:
         """`_prepare_cache_for_generation`, adopting the cache at birth: what it is asked then must reach its stores."""
@@ -128,7 +134,7 @@ class Requests:
 
     def _layer(self, slots: Slots, index: int) -> StoreLayer:
         store = build(slots.pattern, slots.key_codec, slots.value_codec, self._decoder.kv_heads, attend)
-        return StoreLayer(store, slots.pattern, self._recipe, self._decoder.windows[index])
+        return StoreLayer(store, slots, self._recipe, self._decoder.windows[index])
 
 
 def _padding(mask: Any, batch: int, start: int, width: int) -> Tensor | None:

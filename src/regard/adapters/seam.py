@@ -196,6 +196,11 @@ class Surgery:
         self._undo.append(partial(own.__setitem__, name, own[name]) if name in own else partial(own.pop, name))
         own[name] = value
 
+    def assign(self, parameter: nn.Parameter, made: Tensor) -> None:
+        """Give `parameter` other numbers; its own are kept beside them until `restore`."""
+        self._undo.append(partial(setattr, parameter, "data", parameter.data))
+        parameter.data = made
+
     def hook(self, handle: Any) -> None:
         """Remember a torch hook, to be removed."""
         self._undo.append(handle.remove)

@@ -13,7 +13,8 @@ Indices = tuple[int, ...] | Literal["all"]
 class Where:
     """The layer a mechanism is being bound to, in a model of the given shape.
 
-    `layers`, `heads`, `kv_heads` and `head_dim` are the model's; `layer` is this layer's index.
+    `layers`, `heads`, `kv_heads` and `head_dim` are the model's; `layer` is this layer's index, `placed`
+    the KV heads of it that the placement names.
     """
 
     layer: int
@@ -21,6 +22,12 @@ class Where:
     heads: int
     kv_heads: int
     head_dim: int
+    placed: tuple[int, ...] = ()
+
+    def rows(self, heads: int) -> list[int]:
+        """The placed heads as query heads, of `heads` in all."""
+        group = heads // self.kv_heads
+        return [kv * group + i for kv in self.placed for i in range(group)]
 
 
 @dataclass(frozen=True)

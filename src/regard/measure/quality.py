@@ -89,7 +89,7 @@ def dense(model: Any, windows: Sequence[Window], chunk: int = 32) -> Dense:
     reference = Dense(list(windows), chunk)
     with quiet(model):
         for window in windows:
-            cache = prefill(model, window.context)
+            cache = prefill(model, None, window.context)
             reference.logits.append(torch.cat(list(respond(model, None, window.continuation, cache, chunk))))
     return reference
 
@@ -125,7 +125,7 @@ def quality(
     scored = []
     with quiet(model), installed(model, placements) as handle:
         for window, logits in zip(windows, reference.logits, strict=True):
-            cache = prefill(model, window.context)
+            cache = prefill(model, handle, window.context)
             scored.append(_score(window, logits, respond(model, handle, window.continuation, cache, chunk)))
             if observe is not None:
                 observe(cache, window)

@@ -111,7 +111,7 @@ def ask(model: Any, placements: Sequence[Placement] | None, planted: Planted, ch
         RegardError: the method yields NaN.
     """
     with quiet(model), installed(model, placements) as handle:
-        cache = prefill(model, planted.context)
+        cache = prefill(model, handle, planted.context)
         logits = torch.cat(list(respond(model, handle, planted.asked, cache, chunk)))
     right = planted.asked.to(logits.device)
     margins = []

@@ -36,11 +36,12 @@ def installed(model: Any, placements: Sequence[Placement] | None) -> Iterator[An
         yield handle
 
 
-def prefill(model: Any, context: Tensor, chunk: int | None = None) -> Any:
-    """Run `context [C]` as prompt rows, `chunk` tokens a forward (None: all at once); return the request's cache."""
+def prefill(model: Any, handle: Any, context: Tensor, chunk: int | None = None) -> Any:
+    """Run `context [C]` as the whole prompt, `chunk` tokens a forward (None: all at once); the request's cache."""
     cache = None
-    for piece in context.to(model.device)[None].split(chunk or len(context), dim=1):
-        cache = forward(model, piece, cache, keep=1).past_key_values
+    with nullcontext() if handle is None else handle.prompting(len(context)):
+        for piece in context.to(model.device)[None].split(chunk or len(context), dim=1):
+            cache = forward(model, piece, cache, keep=1).past_key_values
     return cache
 
 

@@ -121,7 +121,7 @@ def _once(model: Any, tokens: Tensor, placements: list[Placement] | None, steps:
     ids = tokens.to(model.device)
     with installed(model, placements) as handle:
         caches: list[Any] = []
-        taken = _clock(model, lambda: caches.append(prefill(model, ids[:-steps])))
+        taken = _clock(model, lambda: caches.append(prefill(model, handle, ids[:-steps])))
 
         def decode() -> None:
             for token in ids[-steps:].split(1):

@@ -16,7 +16,7 @@ def holdings(model: Any, placements: Sequence[Placement]) -> list[list[dict[str,
 
     decoder = open_decoder(model)
     table = []
-    for slots in bind(placements, decoder):
+    for slots in bind(placements, decoder).slots:
         row = []
         for head in range(decoder.kv_heads):
             if slots is None:

@@ -57,7 +57,7 @@ def search(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
-        mechanisms: names to search over; None: all that need no fitting or know how to be fitted.
+        mechanisms: names to search over; None: all that save something, if they are fitted here or need not be.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
         constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
         trials: in all processes together, dense not counted.
@@ -290,7 +290,7 @@ def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
             if _unfitted(entry):
                 raise RegardError(f"{entry.stem!r} must be fitted, and there is no regard/calibrate/{entry.stem}.py")
     else:
-        chosen = [e for e in entries().values() if not _unfitted(e)]
+        chosen = [e for e in entries().values() if e.card.saving != "none" and not _unfitted(e)]
     if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
         raise RegardError("nothing to search: no mechanism given has options with values to search")
     return chosen

@@ -1,0 +1,59 @@
+"""S2-Attention [172]: the oracles of its sheet."""
+
+import pytest
+import torch
+
+import regard
+from regard import Pattern
+from regard.core.placement import Where
+from regard.ops.masks import s2
+
+OPTIONS = {
+    "block": 4, "local": 2, "stride": 3, "offset": 0, "homogeneous": False, "dense_heads": 0, "holes": "refuse"
+}  # fmt: skip
+
+
+def made(kv_heads: int = 3, heads: int = 6, **more) -> Pattern:
+    return s2.allow(Where(0, 1, heads, kv_heads, 8), **OPTIONS | more)
+
+
+@pytest.mark.parametrize("more", [{}, {"offset": 2}, {"stride": 2, "local": 1}, {"dense_heads": 1, "stride": 5}])
+def test_allowed_pairs_equal_a_loop_over_blocks(more):
+    options, T = OPTIONS | more, 37
+    found = made(**more).to_dense(T, heads=3)
+    step = max(1, options["stride"] // 6)
+    for h in range(3):
+        for i in range(T):
+            for j in range(T):
+                m, n = i // 4, j // 4
+                phase = (n + h * step + options["offset"]) % options["stride"] == 0
+                wanted = j <= i and (m - n < options["local"] or phase or h >= 3 - options["dense_heads"])
+                assert bool(found[h, i, j]) == wanted
+    assert made(**more).density(T, heads=3) == pytest.approx(float(found.sum()) / (3 * T * (T + 1) / 2))
+
+
+def test_stride_one_and_a_long_window_are_dense():
+    assert made(stride=1).is_causal
+    dense = Pattern.causal().to_dense(30, heads=3)
+    assert torch.equal(made(local=8).to_dense(30, heads=3), dense)
+
+
+@pytest.mark.parametrize(("kv_heads", "stride"), [(3, 3), (4, 3), (2, 3), (2, 5)])
+def test_heads_together_see_everything_exactly_where_phases_reach_every_residue(kv_heads, stride):
+    together = made(kv_heads, 2 * kv_heads, stride=stride, holes="leave").to_dense(80, heads=kv_heads).any(0)
+    assert torch.equal(together, Pattern.causal().to_dense(80, heads=1)[0]) == (kv_heads >= stride)
+    filled = made(kv_heads, 2 * kv_heads, stride=stride, holes="fill").to_dense(80, heads=kv_heads).any(0)
+    assert torch.equal(filled, Pattern.causal().to_dense(80, heads=1)[0])
+
+
+def test_a_block_once_dropped_is_never_needed_again():
+    table = made().to_dense(96, heads=3)[:, ::4, ::4]
+    below = torch.ones(24, 24).tril(-1).bool()
+    assert not (table[:, 1:] & ~table[:, :-1] & below[:-1]).any()
+
+
+def test_holes_and_too_many_dense_heads_are_named():
+    with pytest.raises(regard.RegardError, match="leaves 1 of 3 blocks that no head sees; take a stride up to 2"):
+        made(2, 4)
+    with pytest.raises(regard.RegardError, match="9 dense heads, this model has 3 KV heads"):
+        made(dense_heads=9)
