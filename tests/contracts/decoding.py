@@ -1,12 +1,13 @@
 """The ways people decode, all through unmodified `generate`, and teacher-forced through the cache."""
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from families import VOCABULARY
+from families import VOCABULARY, tiny
 
 GENERATE = {
     "greedy": {"do_sample": False},
@@ -30,7 +31,7 @@ def prompts(rows: int = 2, length: int = 21, padding: int = 4) -> tuple[Tensor, 
     return ids, mask
 
 
-def generated(model: nn.Module, way: str, tokens: int = 14, rows: int = 2, padding: int = 4) -> Tensor:
+def generated(model: nn.Module, way: str, tokens: int = 10, rows: int = 2, padding: int = 4) -> Tensor:
     """Tokens of `model.generate` in one of the ways of `GENERATE`."""
     ids, mask = prompts(1 if way == "prompt lookup" else rows, padding=0 if way == "prompt lookup" else padding)
     torch.manual_seed(0)
@@ -43,6 +44,12 @@ def ways(model: nn.Module) -> dict[str, Tensor]:
     with contextlib.suppress(RuntimeError):
         found["chunked prefill"] = generated(model, "chunked prefill")
     return found
+
+
+@functools.cache
+def possible(family: str) -> tuple[str, ...]:
+    """The ways in which family `family` can be decoded at all."""
+    return tuple(ways(tiny(family)))
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ class Window:
 class Parts:
     """Disjoint stretches of one text, each `[n]` int64; `offsets` are their first tokens' indices.
 
-    Mechanisms are fitted on `calibration`, chosen on `choosing`, and reported on `final`.
+    Mechanisms are fitted on `calibration`, searched on `choosing`, and measured again on `final`.
     """
 
     calibration: Tensor
