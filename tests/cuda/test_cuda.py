@@ -69,7 +69,7 @@ def test_fused_attention_and_all_gradients(dtype, T, S, pattern, padded):
     fused = run(low, "cuda", attend("sdpa"))
     for name, a, b, c in zip(("out", "lse", "dq", "dk", "dv"), truth, usual, fused, strict=True):
         floor = torch.finfo(dtype).eps * float(a.abs().max())
-        allowed = 2 * float((b.double().cpu() - a).abs().max()) + 8 * floor
+        allowed = 2 * float((b.double().cpu() - a).abs().max()) + 16 * floor
         error = float((c.double().cpu() - a).abs().max())
         assert error <= allowed, name
 
