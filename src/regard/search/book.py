@@ -232,14 +232,20 @@ def _alive(trial: Any) -> bool:
         return age < OWNERLESS
     if owner["host"] != socket.gethostname():
         return age < FOREIGN
-    try:
-        os.kill(owner["pid"], 0)
-    except ProcessLookupError:
+    if not _there(owner["pid"]):
         return False
-    except OSError:
-        pass  # there, but not ours
     # Numbers are used again, also by this very process in a restarted container: compare births.
     return _born(owner["pid"]) == owner["born"]
+
+
+def _there(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # somebody else's
+    return True
 
 
 def _born(pid: int) -> str | None:
