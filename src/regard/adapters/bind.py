@@ -77,14 +77,14 @@ class _Layer:
         """Masks intersect and edits chain; one `keep` and one `encode` a head, and no mechanism twice."""
         for head in heads:
             name = verb if verb in ("keep", "encode") else f"{verb} of {stem}"
-            other = self.claims.setdefault((name, head), stem)
-            if other != stem or self.claims.get((name, -1 - head)):
+            other = self.claims.get((name, head))
+            if other is not None:
                 both = repr(stem) if other == stem else f"{other!r} and {stem!r}"
                 raise RegardError(
                     f"two placements rewrite the same thing: {both} both {verb} layer {self.index} head {head}; "
                     "place them on different layers or heads"
                 )
-            self.claims[(name, -1 - head)] = stem
+            self.claims[(name, head)] = stem
 
     def take(self, verb: str, made: Any, heads: tuple[int, ...]) -> None:
         """Put what a verb made in its place; an edit that is None is neutral."""
