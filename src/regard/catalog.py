@@ -23,7 +23,13 @@ VERBS = {
     "masks": ("allow",),
     "cache": ("keep", "encode"),
     "qkv": ("prepare",),
+    "sparsity": ("select",),
+    "probabilities": ("reweigh",),
     "heads": ("mix",),
+    "residual": ("write",),
+    "depth": ("skip", "feed"),
+    "tokens": ("drop",),
+    "logits": ("contrast",),
     "parameters": ("edit",),
 }
 

@@ -49,7 +49,7 @@ def steps(monkeypatch):
 
 
 def responses(steps):
-    return [(step.start, step.response.tolist()) for step in steps]
+    return [(step.start, step.response[0].tolist()) for step in steps]
 
 
 @pytest.mark.parametrize("way", ["greedy", "beams", "chunked prefill", "prompt lookup", "sampling"])
@@ -58,7 +58,7 @@ def test_rows_that_generate_adds_are_response_rows(llama, steps, way):
         generated(llama, way)
     assert len(steps) > 2
     for step in steps:
-        assert step.response.tolist() == [arrival >= 21 for arrival in range(step.start, step.stop)]
+        assert step.response[0].tolist() == [arrival >= 21 for arrival in range(step.start, step.stop)]
 
 
 def test_a_later_turn_is_prompt_until_generate_adds_to_it(llama, ids, steps):

@@ -6,7 +6,7 @@ import transformers as tf
 
 import regard
 from contracts.decoding import at_once, forced, generated, prompts
-from contracts.replay import everything_kept, record_codes, replay_codes
+from contracts.replay import everything_kept, record, replay
 from families import _SMALL
 from regard.adapters.families import open_decoder
 
@@ -48,10 +48,10 @@ def test_an_unlisted_family_keeps_the_contracts(name):
         assert torch.equal(generated(model, "greedy"), tokens)
     tape = {}
     with regard.attach(model, MIXED) as handle:
-        record_codes(handle, tape)
+        record(handle, tape)
         cached = forced(model, ids, mask, [6, 7, 16, *range(21, 30)])
     with everything_kept(), regard.attach(model, MIXED) as handle:
-        replay_codes(handle, tape)
+        replay(handle, tape)
         full = at_once(model, ids, mask)
     real = mask.bool()
     torch.testing.assert_close(cached[real], full[real], atol=1e-4, rtol=1e-4)

@@ -1,25 +1,28 @@
 """The definition of an attached model: keep every key and value, mask and encode them as recorded.
 
-A run on real stores is recorded (its codes, in writing order) and replayed as one full forward that
-drops nothing and reads the recorded codes. What a store really dropped cannot show in a replay.
+A run on real stores is recorded (its codes in writing order, its choices by arrival) and replayed as one full
+forward that drops nothing, runs every row of every layer, hides as keys the rows that passed a layer by, and
+reads the recorded codes. What a store really dropped, or a layer really skipped, cannot show in a replay.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from regard.adapters import requests
+from regard.adapters import blocks, requests
 from regard.adapters.install import Handle
 from regard.core.pattern import Pattern
+from regard.core.slots import Chosen, Reading, Slots
 from regard.core.step import Step
 from regard.core.store import Codec
 from regard.ops.attention import attend
 
-Tape = dict[tuple[int, str, int], list[tuple[Tensor, ...]]]
+Tape = dict[tuple[Any, ...], list[Any]]
 
 
 class Everything:
@@ -28,6 +31,7 @@ class Everything:
     def __init__(self, key_codec, value_codec):
         self.codecs = (key_codec, value_codec)
         self.parts: list[list[Tensor]] = [[], []]
+        self.passed: list[Tensor] = []
         self.length, self.state = 0, {}
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> "Everything":
@@ -40,24 +44,39 @@ class Everything:
                 if (codec := codecs[heads[0]]) is not None:
                     read[:, heads] = codec.decode(codec.encode(x[:, heads]), x.dtype)
             part.append(read)
+        runs = step.shared.pop(self, torch.ones(1, k.shape[2], dtype=torch.bool))
+        self.passed.append(~runs.expand(k.shape[0], -1))
         self.length = step.stop
         return self
 
-    def attend(self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None):
+    def attend(self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap=None, index=None, bias=None):
         k, v = (torch.cat(part, 2) for part in self.parts)
+        positions = self.positions(step)
+        if index is not None:
+            at = index.clamp(min=0).expand(k.shape[0], -1)
+            k, v = (x.take_along_dim(at[:, None, :, None], 2) for x in (k, v))
+            positions = positions.gather(1, at).masked_fill(index < 0, -1)
         group = q.shape[1] // k.shape[1]
         outs = []
         for head in range(k.shape[1]):
             mine = q[:, head * group : (head + 1) * group]
+            own = bias if bias is None or bias.shape[1] == 1 else bias[:, head * group : (head + 1) * group]
             key_codec, value_codec = (codecs[head] for codecs in self.codecs)
             mine = mine if key_codec is None else key_codec.query(mine)
-            positions = step.positions(torch.arange(step.stop))
             out, lse = attend(
-                mine, k[:, head : head + 1], v[:, head : head + 1], pattern=pattern.head(head), scale=scale,
+                mine, k[:, head : head + 1], v[:, head : head + 1], pattern=pattern.head(head), scale=scale, bias=own,
                 softcap=softcap, q_positions=step.queries(), k_positions=positions, backend="reference",
             )  # fmt: skip
             outs.append((out if value_codec is None else value_codec.output(out), lse))
         return torch.cat([out for out, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
+
+    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        codec = self.codecs[0][0]
+        return q if codec is None else codec.query(q), torch.cat(self.parts[0], 2), self.positions(step)
+
+    def positions(self, step: Step) -> Tensor:
+        passed = torch.cat(self.passed, 1)
+        return step.positions(torch.arange(self.length)).expand(passed.shape).masked_fill(passed, -1)
 
     @property
     def removable(self) -> int:
@@ -67,13 +86,16 @@ class Everything:
 
     def crop(self, length: int) -> None:
         self.parts = [[torch.cat(part, 2)[:, :, :length]] for part in self.parts]
+        self.passed = [torch.cat(self.passed, 1)[:, :length]]
         self.length = length
 
     def reorder(self, rows: Tensor) -> None:
-        self.parts = [[torch.cat(part, 2)[rows]] for part in self.parts if part]
+        if self.passed:
+            self.parts = [[torch.cat(part, 2)[rows]] for part in self.parts]
+            self.passed = [torch.cat(self.passed, 1)[rows]]
 
     def reset(self) -> None:
-        self.parts, self.length = [[], []], 0
+        self.parts, self.passed, self.length = [[], []], [], 0
 
     def storages(self) -> Iterator[Tensor]:
         yield from (x for part in self.parts for x in part)
@@ -83,14 +105,30 @@ class Everything:
 def everything_kept() -> Iterator[None]:
     """Models attached inside run on `Everything` instead of their real stores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(requests, "build", lambda pattern, keys, values, kv_heads, attend: Everything(keys, values))
+        patch.setattr(requests, "build", lambda pattern, keys, values, *_, **__: Everything(keys, values))
+        patch.setattr(blocks, "_some_rows", _all_rows)
         yield
 
 
-def record_codes(handle: Handle, tape: Tape) -> None:
-    """Write every code that `handle`'s stores write to `tape`."""
+def _all_rows(whole: Callable[..., Any], index: int, told: requests.Requests):
+    """A layer that runs every row, forgets what it made of those that pass it by, and hides them as keys."""
 
-    def wrap(codec: Codec, place: tuple[int, str, int]) -> Codec:
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert told.step is not None
+        layer = told.layer(index)
+        runs = blocks.together(layer.slots.rows, told.step)
+        if runs is None:
+            return whole(hidden, *args, **kwargs)
+        told.step.shared[layer.store] = runs
+        return torch.where(runs[..., None], whole(hidden, *args, **kwargs), hidden)
+
+    return run
+
+
+def record(handle: Handle, tape: Tape) -> None:
+    """Write every code that `handle`'s stores write, and every choice its mechanisms make, to `tape`."""
+
+    def codec(codec: Codec, place: tuple[Any, ...]) -> Codec:
         def encode(x: Tensor) -> tuple[Tensor, ...]:
             fields = codec.encode(x)
             tape.setdefault(place, []).append(fields)
@@ -98,13 +136,34 @@ def record_codes(handle: Handle, tape: Tape) -> None:
 
         return replace(codec, encode=encode)
 
-    _rewrite(handle, wrap)
+    def select(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        pieces = choose(reading)
+        every = [Chosen(slice(0, reading.query.shape[2]), torch.arange(reading.key.shape[2])[None])]
+        for piece in pieces or every:
+            rows = reading.step.arrivals[0, piece.rows]
+            tape.setdefault(place, []).append((rows, _arrivals(reading, piece.index)))
+        return pieces
+
+    def split(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        segments = choose(reading)
+        told = torch.zeros(1, 1, 1, reading.key.shape[2], dtype=torch.long) if segments is None else segments
+        every = torch.arange(reading.key.shape[2])[None]
+        tape.setdefault(place, []).append((reading.step.arrivals[0], _arrivals(reading, every), told))
+        return segments
+
+    def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        runs = choose(step)
+        told = torch.ones(1, step.arrivals.shape[1], dtype=torch.bool) if runs is None else runs
+        tape.setdefault(place, []).append(told)
+        return runs
+
+    _rewrite(handle, codec, select, split, feed)
 
 
-def replay_codes(handle: Handle, tape: Tape) -> None:
-    """Give `handle`'s stores the codes of `tape`, one full forward at once, instead of encoding anew."""
+def replay(handle: Handle, tape: Tape) -> None:
+    """Give `handle`, which runs one full forward, the codes and choices of `tape` instead of new ones."""
 
-    def wrap(codec: Codec, place: tuple[int, str, int]) -> Codec:
+    def codec(codec: Codec, place: tuple[Any, ...]) -> Codec:
         recorded = tuple(torch.cat(fields, 2) for fields in zip(*tape[place], strict=True))
 
         def encode(x: Tensor) -> tuple[Tensor, ...]:
@@ -114,21 +173,58 @@ def replay_codes(handle: Handle, tape: Tape) -> None:
 
         return replace(codec, encode=encode)
 
-    _rewrite(handle, wrap)
+    def select(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        return [Chosen(slice(int(rows[0]), int(rows[-1]) + 1), index) for rows, index in tape[place]]
+
+    def split(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        batch, heads, rows, keys = (*reading.query.shape[:3], reading.key.shape[2])
+        segments = torch.zeros(batch, heads, rows, keys, dtype=torch.long)
+        for at, arrivals, told in tape[place]:
+            real = told.expand(batch, heads, len(at), -1) * (arrivals >= 0)[:, None, None]
+            index = arrivals.clamp(min=0)[:, None, None].expand(batch, heads, len(at), -1)
+            segments[:, :, at] = segments[:, :, at].scatter_reduce(3, index, real.long(), "amax")
+        return segments
+
+    def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        batch = max(len(runs) for runs in tape[place])
+        return torch.cat([runs.expand(batch, -1) for runs in tape[place]], 1)
+
+    _rewrite(handle, codec, select, split, feed)
 
 
-def _rewrite(handle: Handle, wrap) -> None:
-    """Put `wrap(codec, place)` for every codec, the same object where heads shared one."""
-    slots = list(handle.slots)
+def _arrivals(reading: Reading, index: Tensor) -> Tensor:
+    """Slots `index [1|B, n]` of a reading's keys as arrivals, -1 for none."""
+    padding = torch.zeros(1, dtype=torch.long) if reading.step.padding is None else reading.step.padding
+    positions, index = torch.broadcast_tensors(
+        reading.positions.gather(1, index.clamp(min=0).expand(len(reading.positions), -1))
+        if len(reading.positions) > 1 or len(index) == 1
+        else reading.positions[0][index.clamp(min=0)],
+        index,
+    )
+    return torch.where((index >= 0) & (positions >= 0), positions + padding[:, None], -1)
+
+
+def _rewrite(handle: Handle, codec, select, split, feed) -> None:
+    """Put wrappers round every codec (the same object where heads shared one) and every choice."""
+    slots: list[Slots | None] = list(handle.slots)
     for layer, slot in enumerate(slots):
         if slot is None:
             continue
         new: dict[tuple[str, int], Codec] = {}
-        sides: dict[str, tuple[Codec | None, ...]] = {}
+        changed: dict[str, Any] = {}
         for side in ("key_codec", "value_codec"):
-            for head, codec in enumerate(getattr(slot, side)):
-                if codec is not None and (side, id(codec)) not in new:
-                    new[(side, id(codec))] = wrap(codec, (layer, side, head))
-            sides[side] = tuple(None if c is None else new[(side, id(c))] for c in getattr(slot, side))
-        slots[layer] = replace(slot, **sides)
-    handle.slots = handle._requests._slots = tuple(slots)
+            for head, held in enumerate(getattr(slot, side)):
+                if held is not None and (side, id(held)) not in new:
+                    new[(side, id(held))] = codec(held, (layer, side, head))
+            changed[side] = tuple(None if c is None else new[(side, id(c))] for c in getattr(slot, side))
+        for site, name, wrap in (("select", "choose", select), ("reweigh", "split", split), ("feed", "choose", feed)):
+            changed[site] = tuple(
+                replace(edit, **{name: _wrapped(wrap, (layer, site, n), getattr(edit, name))})
+                for n, edit in enumerate(getattr(slot, site))
+            )
+        slots[layer] = replace(slot, **changed)
+    handle.slots = handle._requests.slots = tuple(slots)
+
+
+def _wrapped(wrap: Callable[..., Any], place: tuple[Any, ...], choose: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda told: wrap(told, place, choose)

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from contracts.decoding import at_once, forced, generated, possible, prompts
-from contracts.replay import everything_kept, record_codes, replay_codes
+from contracts.replay import everything_kept, record, replay
 from contracts.subjects import MECHANISMS, NEUTRAL, example, neutral
 from families import FAMILIES, VOCABULARY, tiny
 from regard.adapters.families import open_decoder
@@ -36,10 +36,10 @@ def test_cached_decoding_replays_as_one_full_forward(stem, family):
     for cuts in CUTS.values():
         tape = {}
         with regard.attach(model, recipe) as handle, handle.prompting(PROMPT):
-            record_codes(handle, tape)
+            record(handle, tape)
             cached = forced(model, ids, mask, cuts)
         with everything_kept(), regard.attach(model, recipe) as handle, handle.prompting(PROMPT):
-            replay_codes(handle, tape)
+            replay(handle, tape)
             full = at_once(model, ids, mask)
         real = mask.bool()
         torch.testing.assert_close(cached[real], full[real], atol=1e-4, rtol=1e-4)

@@ -1,6 +1,6 @@
 """Placements to Slots: what each layer will do differently, checked before any model is touched."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Indices, Placement, Where
 from regard.core.projections import Projections
-from regard.core.slots import Slots
+from regard.core.slots import Contrast, Slots
 from regard.core.store import Codec
 
 
@@ -24,10 +24,15 @@ class Bound:
     Args:
         slots: one entry a layer, None where every mechanism placed there is at its neutral setting.
         weights: parameters that change, with their new values.
+        contrast: the second branch that logits are compared with, None where there is none.
     """
 
     slots: tuple[Slots | None, ...]
     weights: tuple[tuple[nn.Parameter, Tensor], ...]
+    contrast: Contrast | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.contrast) or any(self.slots)
 
 
 def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
@@ -38,11 +43,14 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
             shape; two placements that rewrite the same thing.
     """
     layers = [_Layer(decoder, index) for index in range(decoder.layers)]
+    contrasts: dict[str, Contrast] = {}
     for placement in placements:
         entry = catalog.find(placement.stem)
         options = catalog.fill_options(entry, {**placement.options, **placement.tensors})
-        if entry.card.whole_layers and placement.heads != "all":
+        if (entry.card.whole_layers or entry.card.whole_model) and placement.heads != "all":
             raise RegardError(f"{entry.stem!r} decides over whole layers; drop heads={placement.heads!r}")
+        if entry.card.whole_model and placement.layers != "all":
+            raise RegardError(f"{entry.stem!r} decides over the whole model; drop layers={placement.layers!r}")
         heads = _indices("head", placement.heads, decoder.kv_heads)
         module = catalog.load(placement.stem)
         for index in _indices("layer", placement.layers, decoder.layers):
@@ -52,24 +60,56 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
                 if verb == "edit":
                     now = layers[index].projections or projections.read(decoder, index)
                     layers[index].projections = module.edit(where, now, **options) or layers[index].projections
-                else:
-                    layers[index].take(verb, getattr(module, verb)(where, **options), heads)
+                elif verb != "contrast":
+                    layers[index].take(verb, entry.stem, getattr(module, verb)(where, **options), heads)
+                elif index == decoder.layers - 1 and (made := module.contrast(where, **options)) is not None:
+                    contrasts[entry.stem] = made
+    if len(contrasts) > 1:
+        raise RegardError(f"{' and '.join(map(repr, contrasts))} each run a branch of their own; place one of them")
     edited = ((layer.index, layer.projections) for layer in layers)
     weights = (pair for index, made in edited if made is not None for pair in projections.write(decoder, index, made))
-    return Bound(tuple(layer.slots() for layer in layers), tuple(weights))
+    slots = tuple(layer.slots() for layer in layers)
+    _refuse_partial_records(layers)
+    return Bound(slots, tuple(weights), next(iter(contrasts.values()), None))
+
+
+def _refuse_partial_records(layers: "Sequence[_Layer]") -> None:
+    """What is written to the residual stream comes from other layers, which must have run the same rows."""
+    placed = {verb: next((layer.placed[verb] for layer in layers if verb in layer.placed), None) for verb in FIELDS}
+    for verb in ("skip", "drop"):
+        if placed["write"] and placed[verb]:
+            raise RegardError(
+                f"{placed['write']!r} takes what other layers made of a row, and {placed[verb]!r} lets rows pass by"
+            )
+
+
+# The verbs that bring edits, and the field of Slots each goes to.
+FIELDS = {
+    "prepare": "prepare",
+    "select": "select",
+    "reweigh": "reweigh",
+    "mix": "mix",
+    "write": "write",
+    "skip": "rows",
+    "drop": "rows",
+    "feed": "feed",
+}
+# Of these a layer takes one: each answers alone what is read, or with what weight.
+ALONE = ("select", "reweigh")
 
 
 class _Layer:
     """The Slots of one layer in the making."""
 
     def __init__(self, decoder: Decoder, index: int):
-        self.index, self.kv_heads = index, decoder.kv_heads
+        self.decoder, self.index, self.kv_heads = decoder, index, decoder.kv_heads
         window = decoder.windows[index]
         self.own = Pattern.causal() if window is None else Pattern.window(window)
         self.patterns: list[list[Pattern]] = [[] for _ in range(self.kv_heads)]
         self.key_codec: list[Codec | None] = [None] * self.kv_heads
         self.value_codec: list[Codec | None] = [None] * self.kv_heads
-        self.edits: dict[str, list[Any]] = {"prepare": [], "mix": []}
+        self.edits: dict[str, list[Any]] = {field: [] for field in FIELDS.values()}
+        self.placed: dict[str, str] = {}
         self.projections: Projections | None = None
         self.claims: dict[tuple[str, int], str] = {}
 
@@ -86,10 +126,25 @@ class _Layer:
                 )
             self.claims[(name, head)] = stem
 
-    def take(self, verb: str, made: Any, heads: tuple[int, ...]) -> None:
-        """Put what a verb made in its place; an edit that is None is neutral."""
-        if verb in self.edits:
-            self.edits[verb] += [made] if made is not None else []
+    def take(self, verb: str, stem: str, made: Any, heads: tuple[int, ...]) -> None:
+        """Put what a verb made in its place; an edit that is None is neutral.
+
+        Raises:
+            RegardError: the edit cannot stand beside another, or the family does not tell where it goes.
+        """
+        if verb in FIELDS:
+            if made is None:
+                return
+            for other in ALONE if verb in ALONE else ():
+                if other in self.placed:
+                    raise RegardError(
+                        f"{self.placed[other]!r} and {stem!r} both decide how the keys of layer {self.index} are read; "
+                        "place them on different layers"
+                    )
+            if verb in ("write", "feed"):
+                self.decoder.part(self.index, "feed_forward")
+            self.edits[FIELDS[verb]].append(made)
+            self.placed[verb] = stem
             return
         for head in heads:
             if verb == "encode":
@@ -110,9 +165,26 @@ class _Layer:
         if not restricted and not encoded and not any(self.edits.values()):
             return None
         same = all(pattern == heads[0] for pattern in heads)
+        self._refuse_split(heads)
         pattern = heads[0] if same else Pattern.stack_heads(heads)
-        edits = {verb: tuple(made) for verb, made in self.edits.items()}
+        edits = {field: tuple(made) for field, made in self.edits.items()}
         return Slots(pattern, tuple(self.key_codec), tuple(self.value_codec), **edits)
+
+    def _refuse_split(self, heads: Sequence[Pattern]) -> None:
+        """Edits that read the keys need one list of them."""
+        held = {(p.reach()[0], k, v) for p, k, v in zip(heads, self.key_codec, self.value_codec, strict=True)}
+        for verb in ALONE:
+            if verb in self.placed and len(held) > 1:
+                others = {
+                    stem
+                    for (kind, _head), stem in self.claims.items()
+                    if kind.split()[0] in ("keep", "encode", "allow")
+                }
+                split = " and ".join(map(repr, sorted(others)))
+                raise RegardError(
+                    f"{self.placed[verb]!r} reads one list of keys for all heads, and {split} lets heads of layer "
+                    f"{self.index} hold different ones; place them on different layers"
+                )
 
 
 def _indices(kind: str, written: Indices, count: int) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Any Store, shown to transformers as one layer of its cache, and the cache of such layers."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,15 +133,51 @@ class StoreLayer(CacheLayerMixin):
         return self.store.raw()
 
 
+@dataclass(eq=False)
+class Branch:
+    """A second branch of a request: the tokens that arrived so far, and the branch's own cache once it began.
+
+    Args:
+        ids: tokens of the request `[B, n]`.
+        cache: of the branch; None before the prompt ended.
+        mask: of all the branch has read, `[B, m]`.
+        prompt: arrivals of the request's prompt that the branch was begun for.
+    """
+
+    ids: Tensor
+    cache: Any = None
+    mask: Tensor | None = None
+    prompt: int = 0
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row `i` becomes the old row `rows[i]`."""
+        rows = rows.to(self.ids.device)
+        self.ids = self.ids[rows]
+        if self.cache is not None and self.mask is not None:
+            self.mask = self.mask[rows]
+            self.cache.reorder_cache(rows)
+
+    def crop(self, length: int) -> None:
+        """Forget the request's arrivals from `length` on; a branch whose prompt is cut begins anew."""
+        gone = self.ids.shape[1] - length
+        self.ids = self.ids[:, :length]
+        if length < self.prompt:
+            self.cache = self.mask = None
+        elif self.cache is not None and self.mask is not None and gone:
+            self.mask = self.mask[:, :-gone]
+            self.cache.crop(-gone)
+
+
 class StoreCache(DynamicCache):
     """A DynamicCache some of whose layers are StoreLayers.
 
     `recipe` is the digest of the placements it was made under; `prompt` where its prompt ended, None while
-    the prompt lasts.
+    the prompt lasts; `branch` what a second branch of the request holds, if it has one.
     """
 
     recipe: str
     prompt: int | None = None
+    branch: "Branch | None" = None
 
     @classmethod
     def of(cls, cache: DynamicCache, layers: Mapping[int, StoreLayer], recipe: str) -> "StoreCache":
@@ -156,26 +193,48 @@ class StoreCache(DynamicCache):
         """The layers that are attached."""
         return (layer for layer in self.layers if isinstance(layer, StoreLayer))
 
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Row `i` becomes the old row `beam_idx[i]`."""
+        super().reorder_cache(beam_idx)
+        self._branch_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row becomes `repeats` rows."""
+        super().batch_repeat_interleave(repeats)
+        if self.branch is not None:
+            self._branch_rows(torch.arange(self.branch.ids.shape[0]).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` names (numbers or a bool mask)."""
+        super().batch_select_indices(indices)
+        self._branch_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+
+    def _branch_rows(self, rows: Tensor) -> None:
+        if self.branch is not None:
+            self.branch.reorder(rows)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17).
 
         Raises:
             RegardError: a layer has already evicted what would be needed; no layer has changed.
         """
-        length = next(self.store_layers()).store.length
+        length = self.get_seq_length()
         gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
-        removable = min(layer.store.removable for layer in self.store_layers())
+        removable = min((layer.store.removable for layer in self.store_layers()), default=length)
         if gone > removable:
             raise RegardError(
                 f"cannot remove the last {gone} of {length} tokens: {removable} can be removed, layers under recipe "
                 f"{self.recipe} evicted what comes before; call activate_past_recording() before forwards to undo"
             )
         super().crop(-gone)
+        if self.branch is not None:
+            self.branch.crop(length - gone)
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.prompt = None
+        self.prompt = self.branch = None
         for layer in self.layers:
             # The model's own layers: transformers 5.17 would keep their length, and zeros.
             if isinstance(layer, CacheLayerMixin) and not isinstance(layer, StoreLayer):

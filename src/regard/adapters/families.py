@@ -18,10 +18,20 @@ REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
 @dataclass(frozen=True)
 class Family:
-    """Names inside the decoder: its layer list, and the self-attention module of a layer."""
+    """Names inside the decoder: its layer list, and in a layer the self-attention and the feed-forward part.
+
+    `attention_out` and `feed_forward_out` name the module whose output is added to the residual stream, where
+    that is a norm behind the part.
+    """
 
     layers: str = "layers"
     attention: str = "self_attn"
+    feed_forward: str = "mlp"
+    attention_out: str = ""
+    feed_forward_out: str = ""
+
+
+_NORMED_BEHIND = Family(attention_out="post_attention_layernorm", feed_forward_out="post_feedforward_layernorm")
 
 
 FAMILIES: dict[str, Family] = {
@@ -29,10 +39,10 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
-    "gemma2": Family(),
-    "gemma3_text": Family(),
+    "gemma2": _NORMED_BEHIND,
+    "gemma3_text": _NORMED_BEHIND,
     "phi3": Family(),
-    "olmo2": Family(),
+    "olmo2": _NORMED_BEHIND,
     "granite": Family(),
     "smollm3": Family(),
     "mixtral": Family(),
@@ -45,10 +55,15 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Decoder:
-    """The opened model: its decoder module, its attention modules in order, and their shape."""
+    """The opened model: its decoder module, its layers and their attention modules in order, and their shape.
+
+    `names` are the family's, None where the model was recognised by structure.
+    """
 
     module: nn.Module
     family: str
+    names: Family | None
+    blocks: tuple[nn.Module, ...]
     attentions: tuple[nn.Module, ...]
     heads: int
     kv_heads: int
@@ -64,6 +79,16 @@ class Decoder:
     def layers(self) -> int:
         """Number of decoder layers."""
         return len(self.attentions)
+
+    def part(self, layer: int, name: str) -> nn.Module:
+        """The module of `layer` that the family calls `name`: `feed_forward`, `attention_out`, `feed_forward_out`.
+
+        Raises:
+            RegardError: the model was recognised by structure, which does not tell.
+        """
+        if self.names is None:
+            raise RegardError(f"where the {name.replace('_', ' ')} of family {self.family} stands is not known")
+        return getattr(self.blocks[layer], getattr(self.names, name) or getattr(self.names, name.removesuffix("_out")))
 
 
 def uses_registry(attention: nn.Module) -> bool:
@@ -93,7 +118,7 @@ def _stack(owner: nn.Module, layers: nn.ModuleList, family: Family | None) -> tu
     return tuple(found) or None
 
 
-def _stacks(model: nn.Module) -> list[tuple[nn.Module, str, tuple[nn.Module, ...]]]:
+def _stacks(model: nn.Module) -> list[dict[str, Any]]:
     stacks = []
     for owner in model.modules():
         kind = getattr(getattr(owner, "config", None), "model_type", "")
@@ -103,9 +128,9 @@ def _stacks(model: nn.Module) -> list[tuple[nn.Module, str, tuple[nn.Module, ...
                 known = family if family is not None and name == family.layers else None
                 attentions = _stack(owner, child, known)
                 if attentions and all(map(_is_attention, attentions)):
-                    stacks.append(
-                        (owner, kind if known else f"{kind or type(owner).__name__} (by structure)", attentions)
-                    )
+                    told = kind if known else f"{kind or type(owner).__name__} (by structure)"
+                    found = {"module": owner, "family": told, "names": known}
+                    stacks.append(found | {"blocks": tuple(child), "attentions": attentions})
     return stacks
 
 
@@ -135,13 +160,12 @@ def open_decoder(model: nn.Module) -> Decoder:
         raise RegardError(f"{type(model).__name__} is an encoder-decoder; regard opens decoder-only models")
     stacks = _stacks(model)
     if len(stacks) != 1:
-        found = ", ".join(type(owner).__name__ for owner, _, _ in stacks) or "none"
+        found = ", ".join(type(stack["module"]).__name__ for stack in stacks) or "none"
         raise RegardError(
             f"{type(model).__name__} was not recognised: looked for one list of decoder layers, each with one causal "
             f"self-attention module with a layer_idx that uses transformers' {REGISTRY}; found {found}"
         )
-    module, family, attentions = stacks[0]
-    config: Any = module.config
+    attentions, config = stacks[0]["attentions"], stacks[0]["module"].config
     if any(getattr(part, "is_kv_shared_layer", False) for part in attentions):
         raise RegardError(f"{type(model).__name__} shares keys and values between layers, which is not opened yet")
     heads = config.num_attention_heads
@@ -152,9 +176,7 @@ def open_decoder(model: nn.Module) -> Decoder:
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Decoder(
-        module=module,
-        family=family,
-        attentions=attentions,
+        **stacks[0],
         heads=heads,
         kv_heads=heads // groups.pop(),
         head_dim=head_dim,

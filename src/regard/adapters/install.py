@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from regard.adapters import seam
 from regard.adapters.bind import Bound, bind
+from regard.adapters.blocks import open_block
+from regard.adapters.branches import Branches
 from regard.adapters.cache_layer import StoreView, eager
-from regard.adapters.families import Decoder, open_decoder
+from regard.adapters.families import Decoder
 from regard.adapters.memory import live_bytes
 from regard.adapters.requests import Requests
 from regard.core.errors import RegardError
 from regard.core.placement import Placement
+from regard.core.slots import Contrast
 
 
 def install(
@@ -35,16 +38,13 @@ def install(
     Raises:
         RegardError: the model or a placement cannot be served; the model is untouched.
     """
-    decoder = open_decoder(model)
+    decoder, implementation = seam.open_free(model)
     if fits is not None:
         fits(decoder)
-    if any(seam.seated(part) for part in decoder.attentions):
-        raise RegardError(f"{type(model).__name__} is attached already; detach it first")
-    implementation = decoder.config._attn_implementation or "eager"
     for part in decoder.attentions:
         seam.own_attention(part, implementation)
     bound = bind(placements, decoder)
-    if any(bound.slots):
+    if bound:
         _refuse_prompt_learning(model)
     return Handle(model, decoder, bound, implementation, digest(placements))
 
@@ -78,7 +78,7 @@ class Handle:
 
     def __init__(self, model: nn.Module, decoder: Decoder, bound: Bound, implementation: str, recipe: str):
         self.model, self.decoder, self.slots, self.digest = model, decoder, bound.slots, recipe
-        self._implementation, self._weights = implementation, bound.weights
+        self._implementation, self._bound = implementation, bound
         self._requests = Requests(decoder, decoder.config, bound.slots, recipe)
         self._surgery = seam.Surgery()
         try:
@@ -92,17 +92,34 @@ class Handle:
         runs = [None if slots is None else _from_store for slots in self.slots]
         seats = [seam.Seat(index, self._implementation, run) for index, run in enumerate(runs)]
         surgery.seat(module, self.decoder.attentions, seats)
-        for parameter, made in self._weights:
+        for parameter, made in self._bound.weights:
             surgery.assign(parameter, made)
-        if any(self.slots):
+        for index, slots in enumerate(self.slots):
+            if slots is not None:
+                open_block(surgery, self.decoder, index, self._requests)
+        if self._bound:
             surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
+            if self._bound.contrast is not None:
+                self._open_logits(self._bound.contrast)
             surgery.hook(module.register_forward_hook(lambda *_: self._requests.end(), always_call=True))
-            part: Any
-            for part in self.model.modules():
-                if hasattr(part, "generate") and hasattr(part, "_prepare_cache_for_generation"):
-                    surgery.set(part, "generate", self._requests.generating(part.generate))
-                    prepare = part._prepare_cache_for_generation
-                    surgery.set(part, "_prepare_cache_for_generation", self._requests.preparing(prepare))
+            for part in self._generating():
+                surgery.set(part, "generate", self._requests.generating(part.generate))
+                prepare = part._prepare_cache_for_generation
+                surgery.set(part, "_prepare_cache_for_generation", self._requests.preparing(prepare))
+
+    def _generating(self) -> list[Any]:
+        """The modules inside (PEFT may wrap them) that generate."""
+        return [
+            p for p in self.model.modules() if hasattr(p, "generate") and hasattr(p, "_prepare_cache_for_generation")
+        ]
+
+    def _open_logits(self, contrast: Contrast) -> None:
+        surgery, branches = self._surgery, Branches(contrast, self.decoder, self._requests)
+        surgery.hook(self.decoder.module.register_forward_hook(branches.remember))
+        language = self._generating()
+        if not language:
+            raise RegardError(f"{contrast.name} edits logits, and {type(self.model).__name__} has no language head")
+        surgery.hook(language[-1].register_forward_hook(branches.combine, with_kwargs=True))
 
     def detach(self) -> None:
         """Leave the model as it was before.
@@ -133,9 +150,22 @@ class Handle:
         """Requests inside have a prompt of `length` arrivals (`generate` tells this by itself)."""
         return self._requests.prompting(length)
 
+    def marking(self, marks: Tensor | tuple[int, int]) -> AbstractContextManager[None]:
+        """Requests inside have rows marked, for mechanisms of site `tokens`.
+
+        Args:
+            marks: `[1|B, n]` bool by arrival, or positions `(start, stop)`, the same in every row.
+
+        Raises:
+            RegardError: they are neither.
+        """
+        return self._requests.marking(marks)
+
     def explain(self) -> str:
         """What runs in each layer, equal layers together."""
         lines = [f"{type(self.model).__name__}: family {self.decoder.family}, own attention {self._implementation}"]
+        if self._bound.contrast is not None:
+            lines.append(f"logits: {self._bound.contrast.name}")
         said = [f"own attention ({self._implementation})" if slots is None else str(slots) for slots in self.slots]
         start = 0
         for stop in range(1, len(said) + 1):

@@ -6,8 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from regard.adapters import seam
-from regard.adapters.families import Decoder, open_decoder
-from regard.core.errors import RegardError
+from regard.adapters.families import Decoder
 
 
 @contextmanager
@@ -22,10 +21,7 @@ def intercept(model: nn.Module, run: Callable[[seam.Call], Tensor]) -> Iterator[
     Raises:
         RegardError: the model is attached already, or was not recognised.
     """
-    decoder = open_decoder(model)
-    if any(seam.seated(part) for part in decoder.attentions):
-        raise RegardError(f"{type(model).__name__} is attached already; detach it first")
-    implementation = decoder.config._attn_implementation or "eager"
+    decoder, implementation = seam.open_free(model)
     surgery = seam.Surgery()
     try:
         seats = [seam.Seat(index, implementation, run) for index in range(decoder.layers)]

@@ -9,9 +9,17 @@ from regard.adapters.cache_layer import StoreLayer
 from regard.adapters.families import open_decoder
 
 
+def _layers(cache: Any) -> Iterator[Any]:
+    """The layers of a cache, and those of its second branch."""
+    yield from cache.layers
+    branch = getattr(cache, "branch", None)
+    if branch is not None and branch.cache is not None:
+        yield from _layers(branch.cache)
+
+
 def tensors(cache: Any) -> Iterator[Tensor]:
     """Every tensor a transformers cache keeps alive, attached or not."""
-    for layer in cache.layers:
+    for layer in _layers(cache):
         if isinstance(layer, StoreLayer):
             yield from layer.storages()
         else:
@@ -20,7 +28,7 @@ def tensors(cache: Any) -> Iterator[Tensor]:
 
 def raw_tensors(cache: Any) -> Iterator[Tensor]:
     """Those of `tensors` that hold keys or values as they come."""
-    for layer in cache.layers:
+    for layer in _layers(cache):
         if isinstance(layer, StoreLayer):
             yield from layer.raw()
         else:

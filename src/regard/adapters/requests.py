@@ -29,12 +29,15 @@ class Requests:
     """
 
     def __init__(self, decoder: Decoder, config: Any, slots: tuple[Slots | None, ...], recipe: str):
-        self._decoder, self._config, self._slots, self._recipe = decoder, config, slots, recipe
+        self._decoder, self._config, self.slots, self._recipe = decoder, config, slots, recipe
         # A cache lives as long as its user holds it.
         self.caches: WeakSet[StoreCache] = WeakSet()
+        # The forward that runs: its Step and its cache.
+        self.step: Step | None = None
+        self.cache: StoreCache | None = None
         self._responding = False
         self._prompt: int | None = None
-        self._running: list[StoreLayer] = []
+        self._marks: Tensor | tuple[int, int] | None = None
 
     @contextmanager
     def responding(self) -> Iterator[None]:
@@ -65,6 +68,20 @@ class Requests:
         finally:
             self._prompt = before
 
+    @contextmanager
+    def marking(self, marks: Tensor | tuple[int, int]) -> Iterator[None]:
+        """Requests inside have these rows marked: `[1|B, n]` bool by arrival, or positions `start` to `stop - 1`."""
+        if isinstance(marks, Tensor):
+            if marks.ndim != 2 or marks.dtype != torch.bool:
+                raise RegardError(f"marks must be bool [rows, arrivals], got {marks.dtype} {list(marks.shape)}")
+        elif not 0 <= marks[0] < marks[1]:
+            raise RegardError(f"a marked span (start, stop) needs 0 <= start < stop, got {tuple(marks)}")
+        before, self._marks = self._marks, marks
+        try:
+            yield
+        finally:
+            self._marks = before
+
     def preparing(self, prepare: Callable[..., None]) -> Callable[..., None]:
         """`_prepare_cache_for_generation`, adopting the cache at birth: what it is asked then must reach its stores."""
 
@@ -90,23 +107,42 @@ class Requests:
             cache = DynamicCache(config=self._config)
         cache = self._adopt(cache)
         running = list(cache.store_layers())
-        start, (batch, width) = running[0].get_seq_length(), tokens.shape[:2]
+        start, (batch, width) = cache.get_seq_length(), tokens.shape[:2]
         padding = _padding(mask, batch, start, width)
         if not self._responding:
             cache.prompt = self._prompt
         elif cache.prompt is None:
             cache.prompt = start
-        step = Step(start, width, batch, tokens.device, padding, cache.prompt)
+        marks = self._marked(batch, padding, tokens.device)
+        step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks)
         for layer in running:
             layer.step = step
-        self._running = running
+        self.step, self.cache = step, cache
         return cache
+
+    def layer(self, index: int) -> StoreLayer:
+        """The cache layer of decoder layer `index` in the forward that runs."""
+        assert self.cache is not None
+        found = self.cache.layers[index]
+        assert isinstance(found, StoreLayer)
+        return found
 
     def end(self) -> None:
         """The forward is over, or failed."""
-        for layer in self._running:
+        for layer in self.cache.store_layers() if self.cache is not None else ():
             layer.step = None
-        self._running = []
+        self.step = self.cache = None
+
+    def _marked(self, batch: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
+        """The marks in force, `[1|B, n]` bool by arrival."""
+        if not isinstance(self._marks, tuple):
+            if self._marks is not None and self._marks.shape[0] not in (1, batch):
+                raise RegardError(f"marks of {self._marks.shape[0]} rows for a batch of {batch}")
+            return self._marks
+        start, stop = self._marks
+        shift = torch.zeros(1, dtype=torch.long) if padding is None else padding.cpu()
+        arrivals = torch.arange(stop + int(shift.max())) - shift[:, None]
+        return ((arrivals >= start) & (arrivals < stop)).to(device)
 
     def _adopt(self, cache: Cache) -> StoreCache:
         if type(cache) not in (DynamicCache, StoreCache) or getattr(cache, "offloading", False):
@@ -125,15 +161,16 @@ class Requests:
                 "start a new cache, or attach what it was made under"
             )
         if not isinstance(cache, StoreCache):
-            if len(cache.layers) < len(self._slots):
+            if len(cache.layers) < len(self.slots):
                 cache.layers[:] = DynamicCache(config=self._config).layers
-            new = {index: self._layer(slots, index) for index, slots in enumerate(self._slots) if slots is not None}
+            new = {index: self._layer(slots, index) for index, slots in enumerate(self.slots) if slots is not None}
             cache = StoreCache.of(cache, new, self._recipe)
         self.caches.add(cache)
         return cache
 
     def _layer(self, slots: Slots, index: int) -> StoreLayer:
-        store = build(slots.pattern, slots.key_codec, slots.value_codec, self._decoder.kv_heads, attend)
+        codecs, ragged = (slots.key_codec, slots.value_codec), bool(slots.rows)
+        store = build(slots.pattern, *codecs, self._decoder.kv_heads, attend, ragged=ragged)
         return StoreLayer(store, slots, self._recipe, self._decoder.windows[index])
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from regard.adapters.families import Decoder, open_decoder
 from regard.core.errors import RegardError
 
 NAME = "regard"
@@ -160,9 +161,16 @@ def own_attention(module: nn.Module, implementation: str) -> Callable[..., Any]:
     raise RegardError(f"{type(module).__name__} has no eager_attention_forward beside it; load the model with sdpa")
 
 
-def seated(module: nn.Module) -> bool:
-    """Whether `module` belongs to an attached model."""
-    return module in _SEATS
+def open_free(model: nn.Module) -> tuple[Decoder, str]:
+    """The opened decoder of a model that is not attached, and the name of its own attention.
+
+    Raises:
+        RegardError: the model is attached already, or was not recognised.
+    """
+    decoder = open_decoder(model)
+    if any(part in _SEATS for part in decoder.attentions):
+        raise RegardError(f"{type(model).__name__} is attached already; detach it first")
+    return decoder, decoder.config._attn_implementation or "eager"
 
 
 class Surgery:

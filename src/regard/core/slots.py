@@ -1,7 +1,8 @@
 """What one layer of an attached model does differently: the bound mechanisms, in running order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -38,6 +39,113 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What the rows of one layer are about to read, for the sites that choose by content.
+
+    Args:
+        query: `[B, H, R, D]`. key: `[B, Hk, S, D]`, in the basis of the queries, in order of arrival.
+        positions: of the keys, `[1|B, S]`; negative ones are padding.
+        pattern, scale, softcap: as the layer attends.
+        lse: `[B, H, R]` log-sum-exp of the scores; None before they were attended.
+        step: the forward. state: the mechanism's own tensors, batch rows first; what it keeps by arrival it cuts
+            to `step.start` itself before it reads, since a crop does not.
+    """
+
+    query: Tensor
+    key: Tensor
+    positions: Tensor
+    pattern: Pattern
+    scale: float
+    softcap: float | None
+    step: Step
+    state: State
+    lse: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Keys that some rows attend to: `rows` of the forward, and `index [1|B, n]` into the keys, -1 for none."""
+
+    rows: slice
+    index: Tensor
+
+
+@dataclass(frozen=True)
+class Select:
+    """Site `sparsity`: which keys are read at all, one list for all heads.
+
+    `choose(reading)` returns pieces that together hold every row once, or None: all keys are read.
+    """
+
+    name: str
+    choose: Callable[[Reading], Sequence[Chosen] | None]
+
+
+@dataclass(frozen=True)
+class Reweigh:
+    """Site `probabilities`: gains on segments of the keys, with the masses that the segments have.
+
+    `split(reading)` gives each key its segment, `[B, 1|H, 1|R, S]` of 0 to `segments - 1`, or None: nothing
+    to do. `gains(masses [segments, B, H, R])` multiply the probabilities of each segment. Outputs become
+    `sum_s gain_s mass_s out_s` of the segments' own attention, so no probability is ever built.
+    """
+
+    name: str
+    segments: int
+    split: Callable[[Reading], Tensor | None]
+    gains: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Write:
+    """Site `residual`: what a part of the layer adds to the residual stream, before it is added.
+
+    `run(part, x [B, T, d], step)` returns it edited; `part` is "attention" or "feed_forward".
+    """
+
+    name: str
+    run: Callable[[str, Tensor, Step], Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sites `depth` and `tokens`: which rows this layer runs; the others pass it by and leave nothing in its store.
+
+    `choose(step)` returns `[1|B, T]` bool over this forward's rows, or None: all.
+    """
+
+    name: str
+    choose: Callable[[Step], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Site `depth`: which rows the feed-forward part runs; the others add nothing there.
+
+    `choose(step)` returns `[B, R]` bool over the rows that the layer runs, or None: all. Afterwards
+    `seen(before, after, step)` is told the residual stream `[B, R, d]` before and after the part.
+    """
+
+    name: str
+    choose: Callable[[Step], Tensor | None]
+    seen: Callable[[Tensor, Tensor, Step], None]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Site `logits`: a second branch with another prompt, fed the same tokens after it.
+
+    `branch(ids [B, N], mask [B, N])` makes the branch's prompt and its mask, padded on the left.
+    `combine(logits [B, R, V], other [B, R, V])` returns the logits that are used, of the last prompt row and
+    all response rows.
+    """
+
+    name: str
+    branch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    combine: Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Slots:
     """The mechanisms bound to one layer.
 
@@ -46,14 +154,20 @@ class Slots:
     Args:
         pattern: what each KV head may see, the model's own rule included (`masks`, `cache.keep`).
         key_codec, value_codec: one entry a KV head, None where stored as they come (`cache.encode`).
-        prepare, mix: in the recipe's order.
+        prepare, reweigh, mix, write, rows, feed: in the recipe's order; `rows` hold together.
+        select: at most one.
     """
 
     pattern: Pattern
     key_codec: tuple[Codec | None, ...]
     value_codec: tuple[Codec | None, ...]
     prepare: tuple[Prepare, ...] = ()
+    select: tuple[Select, ...] = ()
+    reweigh: tuple[Reweigh, ...] = ()
     mix: tuple[Mix, ...] = ()
+    write: tuple[Write, ...] = ()
+    rows: tuple[Rows, ...] = ()
+    feed: tuple[Feed, ...] = ()
 
     def __str__(self) -> str:
         """What runs, for `explain`: the pattern, then codecs, heads together where they agree."""
@@ -62,5 +176,9 @@ class Slots:
             told = ["as they come" if codec is None else codec.name for codec in codecs]
             if any(codecs):
                 parts.append(f"{name} {told[0]}" if len(set(told)) == 1 else f"{name} {', '.join(told)}")
-        parts += [edit.name for edit in (*self.prepare, *self.mix)]
+        parts += [edit.name for edits in self.edits() for edit in edits]
         return "; ".join(parts)
+
+    def edits(self) -> tuple[tuple[Any, ...], ...]:
+        """What each site but the pattern's and the codecs' brings, in running order."""
+        return self.rows, self.prepare, self.select, self.reweigh, self.mix, self.write, self.feed

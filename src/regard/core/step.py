@@ -1,6 +1,6 @@
 """What one forward pass is, told to every layer and store by the adapter; never guessed from shapes."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ class Step:
         device: where the new tokens live.
         padding: `[B]` int64 left padding of each row, None when no row is padded.
         prompt: arrivals below this are prompt rows, the others response rows; None: all are prompt.
+        marks: `[1|B, n]` bool, arrivals that the user marked (an image, a document); None: nothing is marked.
+        rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
+            others; None: all of this forward. Only a layer that runs some rows has its own Step.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
     """
 
@@ -27,25 +30,50 @@ class Step:
     device: torch.device
     padding: Tensor | None = None
     prompt: int | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
+    marks: Tensor | None = None
+    rows: Tensor | None = None
+    shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def stop(self) -> int:
         """Arrivals after this forward."""
         return self.start + self.width
 
+    @property
+    def arrivals(self) -> Tensor:
+        """Arrivals of the rows that run, `[1|B, R]`."""
+        return torch.arange(self.start, self.stop, device=self.device)[None] if self.rows is None else self.rows
+
+    def only(self, rows: Tensor) -> "Step":
+        """The same forward for a layer that runs the rows of arrivals `rows [1|B, R]`."""
+        return replace(self, rows=rows)
+
     def positions(self, arrivals: Tensor) -> Tensor:
-        """Positions of `arrivals [S]`: `[1, S]`, or `[B, S]` under padding; negative for padding."""
+        """Positions of `arrivals [S]` or `[1|B, S]`: `[1, S]`, or `[B, S]` under padding; negative for padding."""
+        arrivals = arrivals[None] if arrivals.ndim == 1 else arrivals
         if self.padding is None:
-            return arrivals[None]
-        return arrivals[None] - self.padding.to(arrivals.device)[:, None]
+            return arrivals
+        positions = arrivals - self.padding.to(arrivals.device)[:, None]
+        return positions if self.rows is None else positions.masked_fill(arrivals < 0, -1)
 
     def queries(self, device: torch.device | None = None) -> Tensor:
-        """Positions of this forward's own rows, `[1 or B, T]`."""
-        return self.positions(torch.arange(self.start, self.stop, device=device or self.device))
+        """Positions of the rows that run, `[1|B, R]`."""
+        return self.positions(self.arrivals.to(device or self.device))
 
     @property
     def response(self) -> Tensor:
-        """`[T]` bool: which of the new rows belong to the response."""
-        arrivals = torch.arange(self.start, self.stop, device=self.device)
+        """`[1|B, R]` bool: which of the rows that run belong to the response."""
+        arrivals = self.arrivals
         return arrivals >= self.prompt if self.prompt is not None else torch.zeros_like(arrivals, dtype=torch.bool)
+
+    @property
+    def marked(self) -> Tensor:
+        """`[1|B, R]` bool: which of the rows that run the user marked."""
+        arrivals = self.arrivals
+        if self.marks is None:
+            return torch.zeros_like(arrivals, dtype=torch.bool)
+        marks = self.marks.to(arrivals.device)
+        inside = (arrivals >= 0) & (arrivals < marks.shape[1])
+        batch = max(marks.shape[0], arrivals.shape[0])
+        at = arrivals.clamp(0, marks.shape[1] - 1).expand(batch, -1)
+        return inside & marks.expand(batch, -1).gather(1, at)

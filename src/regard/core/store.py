@@ -40,9 +40,28 @@ class View(Protocol):
     """What a store holds for the queries of one forward; dropped when the layer is done."""
 
     def attend(
-        self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None
+        self,
+        q: Tensor,
+        *,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of `q [B, H, T, D]` over what the store holds: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        """Attention of `q [B, H, T, D]` over what the store holds: `(out [B, H, T, Dv], lse [B, H, T])`.
+
+        `index [1|B, n]` reads those keys only (-1: none); `bias` is added to the scores of all keys.
+        """
+        ...
+
+    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """`q` and the keys `[B, Hk, S, D]` in one basis, and the keys' positions `[1|B, S]`.
+
+        Raises:
+            RegardError: heads hold different keys.
+        """
         ...
 
 
@@ -68,6 +87,14 @@ class Store(Protocol):
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Write `k [B, Hk, T, D]`, `v [B, Hk, T, Dv]` and return what this forward's queries read."""
+        ...
+
+    def advance(self, step: Step) -> None:
+        """The forward `step` went by and this layer ran none of its rows.
+
+        Raises:
+            RegardError: the store is of a kind that every row must reach.
+        """
         ...
 
     def record(self) -> None:

@@ -106,30 +106,72 @@ class Shown:
     """
 
     run: Attend
-    keys: Fields
-    values: Fields
+    key_fields: Fields
+    value_fields: Fields
     key_codec: Codec | None
     value_codec: Codec | None
     live: tuple[Tensor, Tensor]
     positions: Tensor | None
 
     def attend(
-        self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None
+        self,
+        q: Tensor,
+        *,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of `q [B, H, T, D]`: `(out [B, H, T, Dv], lse [B, H, T])`."""
-        k = _read(self.keys, self.key_codec, self.live[0], q.dtype)
-        v = _read(self.values, self.value_codec, self.live[1], q.dtype)
+        positions = self.positions if index is None else self._places(step, q.device)
+        k = self._held(self.key_fields, self.key_codec, self.live[0], q.dtype, index)
+        v = self._held(self.value_fields, self.value_codec, self.live[1], q.dtype, index)
+        if index is not None:
+            assert positions is not None
+            positions = pick(positions, index.clamp(min=0), 1).masked_fill(index < 0, -1)
         out, lse = self.run(
             q if self.key_codec is None else self.key_codec.query(q),
             k,
             v,
             pattern=pattern,
+            bias=bias,
             scale=scale,
             softcap=softcap,
-            q_positions=None if self.positions is None else step.queries(q.device),
-            k_positions=self.positions,
+            q_positions=None if positions is None else step.queries(q.device),
+            k_positions=positions,
         )
         return out if self.value_codec is None else self.value_codec.output(out), lse
+
+    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """`q` and the keys `[B, Hk, S, D]` in one basis, and the keys' positions `[1|B, S]`."""
+        k = self._held(self.key_fields, self.key_codec, self.live[0], q.dtype, None)
+        return q if self.key_codec is None else self.key_codec.query(q), k, self._places(step, q.device)
+
+    def _places(self, step: Step, device: torch.device) -> Tensor:
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(step.stop - self.key_fields[0].shape[2], step.stop, device=device)[None]
+
+    def _held(
+        self, fields: Fields, codec: Codec | None, live: Tensor, dtype: torch.dtype, index: Tensor | None
+    ) -> Tensor:
+        """Keys or values `[B, Hk, S, *]`, only those of `index` decoded where no gradient needs the others."""
+        if index is None:
+            return _read(fields, codec, live, dtype)
+        if torch.is_grad_enabled() and live.requires_grad:
+            return pick(_read(fields, codec, live, dtype), index.clamp(min=0), 2)
+        return _read(tuple(pick(field, index.clamp(min=0), 2) for field in fields), codec, live, dtype)
+
+
+def pick(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Entries `index [1|B, n]` of `x [1|B, ..., S, ...]` along `dim`, copied."""
+    if index.shape[0] == 1:
+        return x.index_select(dim, index[0])
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape
+    return torch.take_along_dim(x, index.view(shape), dim)
 
 
 def _read(fields: Fields, codec: Codec | None, live: Tensor, dtype: torch.dtype) -> Tensor:
@@ -183,6 +225,14 @@ class Container:
         """The View of `fields`, whose last tokens are `k`, `v`."""
         keys, values = fields[: self._split], fields[self._split :]
         return Shown(self.run, keys, values, self.key_codec, self.value_codec, (k, v), positions)
+
+    def advance(self, step: Step) -> None:
+        """Refused: this store has no place for arrivals it was not given.
+
+        Raises:
+            RegardError: always.
+        """
+        raise RegardError(f"a layer with a {self.kind} store ran no row of the forward at arrival {step.start}")
 
     def reorder(self, rows: Tensor) -> None:
         """Row `i` becomes the old row `rows[i]`; the number of rows may change."""

@@ -55,6 +55,11 @@ class HeadSplit:
         ]
         return SplitView(self.heads, views)
 
+    def advance(self, step: Step) -> None:
+        """The forward `step` went by and this layer ran none of its rows."""
+        for child in self.children:
+            child.advance(step)
+
     def record(self) -> None:
         """Keep from now on, until the next `crop`, all that a `crop` may bring back."""
         for child in self.children:
@@ -108,10 +113,32 @@ class SplitView:
     def __init__(self, heads: Sequence[tuple[int, ...]], views: Sequence[View]):
         self.heads, self.views = heads, views
 
+    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Refused: groups of heads hold different keys.
+
+        Raises:
+            RegardError: always.
+        """
+        raise RegardError(f"heads hold different keys, in groups {self.heads}; there is no one list of them")
+
     def attend(
-        self, q: Tensor, *, pattern: Pattern, step: Step, scale: float, softcap: float | None = None
+        self,
+        q: Tensor,
+        *,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Attention of `q [B, H, T, D]`, `Hk` dividing `H`: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        """Attention of `q [B, H, T, D]`, `Hk` dividing `H`: `(out [B, H, T, Dv], lse [B, H, T])`.
+
+        Raises:
+            RegardError: `index` or `bias` is given, which speak of one list of keys.
+        """
+        if index is not None or bias is not None:
+            self.keys(q, step)
         group = q.shape[1] // sum(map(len, self.heads))
         outs, lses, order = [], [], []
         for heads, view in zip(self.heads, self.views, strict=True):

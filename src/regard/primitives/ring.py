@@ -6,7 +6,7 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.step import Step
 from regard.core.store import Codec, Fields
-from regard.primitives.buffer import Attend, Container, Shown, joined
+from regard.primitives.buffer import Attend, Container, Shown, joined, pick
 
 
 class Ring(Container):
@@ -95,7 +95,7 @@ class Ring(Container):
         # Clamped entries are sinks that are not yet evicted, or not yet there: they do not count.
         index = torch.where(arrivals < self.base, slots, arrivals - self.base + width).clamp(max=size - 1)
         tail = width + base - self.base
-        self.buffer.replace(tuple(torch.cat((_gather(f, index), f[:, :, tail:]), dim=2) for f in fields))
+        self.buffer.replace(tuple(torch.cat((pick(f.detach(), index, 2), f[:, :, tail:]), dim=2) for f in fields))
         self.base = base
 
     def record(self) -> None:
@@ -124,11 +124,3 @@ class Ring(Container):
     def removable(self) -> int:
         """How many of the last arrivals a `crop` can forget now."""
         return max(self.length - self.base - self.past, 0) if self.base else self.length
-
-
-def _gather(field: Tensor, index: Tensor) -> Tensor:
-    """Tokens `index [1|B, n]` of `field [B, Hk, S, *]`: `[B, Hk, n, *]`, copied."""
-    field = field.detach()
-    if index.shape[0] == 1:
-        return field.index_select(2, index[0])
-    return torch.take_along_dim(field, index[:, None, :, None], dim=2)

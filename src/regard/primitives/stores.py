@@ -8,6 +8,7 @@ from regard.core.store import Codec, Store
 from regard.primitives.buffer import Attend
 from regard.primitives.full import Full
 from regard.primitives.head_split import HeadSplit
+from regard.primitives.ragged import Ragged
 from regard.primitives.ring import Ring
 
 
@@ -17,6 +18,8 @@ def build(
     value_codec: Sequence[Codec | None],
     kv_heads: int,
     attend: Attend,
+    *,
+    ragged: bool = False,
 ) -> Store:
     """A store for `kv_heads` heads: a Ring where the pattern's reach is finite, else a Full.
 
@@ -28,6 +31,7 @@ def build(
         value_codec: the same for values.
         kv_heads: heads of the layer.
         attend: attention, called as `regard.attend`.
+        ragged: rows may pass the layer by; then a Ragged in either case.
 
     Raises:
         RegardError: the number of heads of the pattern or of the codecs is not `kv_heads`.
@@ -41,11 +45,13 @@ def build(
     groups: dict[tuple[Reach, Codec | None, Codec | None], list[int]] = {}
     for head, key in enumerate(zip(reach, key_codec, value_codec, strict=True)):
         groups.setdefault(key, []).append(head)
-    children = [(heads, _child(*key, attend)) for key, heads in groups.items()]
+    children = [(heads, _child(*key, attend, ragged)) for key, heads in groups.items()]
     return children[0][1] if len(children) == 1 else HeadSplit(children)
 
 
-def _child(reach: Reach, key: Codec | None, value: Codec | None, attend: Attend) -> Store:
+def _child(reach: Reach, key: Codec | None, value: Codec | None, attend: Attend, ragged: bool) -> Store:
+    if ragged:
+        return Ragged(attend, reach.sink, reach.recent, key, value)
     if reach.recent is None:
         return Full(attend, key, value)
     return Ring(attend, reach.sink, reach.recent, key, value)

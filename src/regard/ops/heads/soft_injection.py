@@ -76,9 +76,8 @@ def inject(out: Tensor, share: Tensor, task: Tensor, step: Step) -> Tensor:
         task: `[H, D]`.
         step: says where the prompt ended; where that is unknown, nothing is done.
     """
-    last = -1 if step.prompt is None else step.prompt - 1 - step.start
-    if not 0 <= last < out.shape[2]:
+    if step.prompt is None or not step.start <= step.prompt - 1 < step.stop:
         return out
-    a = share.to(out)[:, None]
-    row = out[:, :, last] + a * (task.to(out) - out[:, :, last])
-    return torch.cat((out[:, :, :last], row[:, :, None], out[:, :, last + 1 :]), dim=2)
+    last = (step.arrivals.to(out.device) == step.prompt - 1)[:, None, :, None]
+    blended = out + share.to(out)[:, None, None] * (task.to(out)[:, None] - out)
+    return torch.where(last, blended, out)

@@ -1,0 +1,149 @@
+"""Decoder layers that run some rows only, or whose parts are edited before they join the residual stream."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regard.adapters.cache_layer import eager
+from regard.adapters.families import Decoder
+from regard.adapters.requests import Requests
+from regard.adapters.seam import Surgery
+from regard.core.slots import Rows
+from regard.core.step import Step
+from regard.primitives.buffer import pick
+
+PARTS = ("attention", "feed_forward")
+
+
+def open_block(surgery: Surgery, decoder: Decoder, index: int, requests: Requests) -> None:
+    """Put what the slots of layer `index` say of it as a whole into its modules."""
+    block, slots = decoder.blocks[index], requests.slots[index]
+    assert slots is not None
+    if slots.write:
+        for part in PARTS:
+            hook = _writing(part, index, requests)
+            surgery.hook(decoder.part(index, f"{part}_out").register_forward_hook(hook))
+    if slots.feed:
+        _feed(surgery, decoder, index, requests)
+    if slots.rows:
+        surgery.set(block, "forward", _some_rows(block.forward, index, requests))
+
+
+def _writing(part: str, index: int, requests: Requests) -> Callable[..., Any]:
+    @eager
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        layer = requests.layer(index)
+        step = layer.step
+        assert step is not None
+        x = out[0] if isinstance(out, tuple) else out
+        for edit in layer.slots.write:
+            x = edit.run(part, x, step)
+        return (x, *out[1:]) if isinstance(out, tuple) else x
+
+    return hook
+
+
+def _feed(surgery: Surgery, decoder: Decoder, index: int, requests: Requests) -> None:
+    """The feed-forward part on some rows; what it added is told afterwards."""
+    block, part = decoder.blocks[index], decoder.part(index, "feed_forward")
+    whole, inner = block.forward, part.forward
+    # Granite scales what it adds.
+    scale = getattr(block, "residual_multiplier", 1.0)
+    added: list[Tensor] = []
+
+    @eager
+    def feed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = requests.layer(index)
+        step = layer.step
+        assert step is not None
+        masks = [mask for edit in layer.slots.feed if (mask := edit.choose(step)) is not None]
+        if not masks:
+            return inner(x, *args, **kwargs)
+        runs = torch.stack(torch.broadcast_tensors(*masks)).all(0).expand(x.shape[:2])
+        at = runs.flatten().nonzero()[:, 0]
+        if not len(at):
+            return torch.zeros_like(x)
+        flat = x.flatten(0, 1)
+        out = inner(flat.index_select(0, at)[None], *args, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        return torch.zeros_like(flat).index_copy(0, at, out[0]).view_as(x)
+
+    @eager
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = whole(*args, **kwargs)
+        after = out[0] if isinstance(out, tuple) else out
+        layer = requests.layer(index)
+        assert layer.step is not None
+        before = after - scale * added.pop()
+        for edit in layer.slots.feed:
+            edit.seen(before, after, layer.step)
+        return out
+
+    def catch(module: nn.Module, args: Any, out: Any) -> None:
+        added[:] = [out[0] if isinstance(out, tuple) else out]
+
+    surgery.set(part, "forward", feed)
+    surgery.set(block, "forward", run)
+    surgery.hook(decoder.part(index, "feed_forward_out").register_forward_hook(catch))
+
+
+def _some_rows(whole: Callable[..., Any], index: int, requests: Requests) -> Callable[..., Any]:
+    """A layer's forward on the rows that run: gather, compute, scatter."""
+
+    @eager
+    def run(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        step, layer = requests.step, requests.layer(index)
+        assert step is not None
+        runs = together(layer.slots.rows, step)
+        if runs is None:
+            return whole(hidden, *args, **kwargs)
+        at = offsets(runs)
+        if not at.shape[1]:
+            layer.store.advance(step)
+            return hidden
+        layer.step = step.only((at + step.start).masked_fill(at < 0, -1))
+        kwargs = {name: _narrow(name, value, at.clamp(min=0)) for name, value in kwargs.items()}
+        out = whole(pick(hidden, at.clamp(min=0), 1), *args, **kwargs)
+        if isinstance(out, tuple):
+            return (_put(hidden, out[0], at), *out[1:])
+        return _put(hidden, out, at)
+
+    return run
+
+
+def together(edits: Sequence[Rows], step: Step) -> Tensor | None:
+    """The rows that all of `edits` let run, `[1|B, T]` bool; None: all rows."""
+    masks = [mask for edit in edits if (mask := edit.choose(step)) is not None]
+    if not masks:
+        return None
+    runs = torch.stack(torch.broadcast_tensors(*masks)).all(0)
+    return None if bool(runs.all()) else runs
+
+
+def offsets(runs: Tensor) -> Tensor:
+    """Where `runs [1|B, T]` is true, in order: `[1|B, n]`, -1 where a row has fewer than others."""
+    count = runs.sum(1)
+    order = torch.where(runs, torch.arange(runs.shape[1], device=runs.device), runs.shape[1]).sort(1).values
+    at = order[:, : int(count.max())]
+    return at.masked_fill(at == runs.shape[1], -1)
+
+
+def _narrow(name: str, value: Any, at: Tensor) -> Any:
+    """A keyword of a layer that speaks of rows, for the rows `at [1|B, n]` only."""
+    if name == "position_embeddings":
+        return tuple(pick(x, at, 1) for x in value)
+    if name == "position_ids" and isinstance(value, Tensor):
+        return pick(value, at, 1) if value.ndim == 2 else torch.stack([pick(x, at, 1) for x in value])
+    return value
+
+
+def _put(hidden: Tensor, part: Tensor, at: Tensor) -> Tensor:
+    """`hidden [B, T, d]` with rows `at [1|B, n]` replaced by `part [B, n, d]`."""
+    if at.shape[0] == 1:
+        return hidden.index_copy(1, at[0], part)
+    batch, width = hidden.shape[:2]
+    flat = at + torch.arange(batch, device=at.device)[:, None] * width
+    real = at >= 0
+    return hidden.flatten(0, 1).index_copy(0, flat[real], part[real]).view_as(hidden)
