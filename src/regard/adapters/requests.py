@@ -116,6 +116,9 @@ class Requests:
         marks = self._marked(batch, padding, tokens.device)
         step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks)
         for layer in running:
+            for edit in layer.slots.rows:
+                edit.check(step)
+        for layer in running:
             layer.step = step
         self.step, self.cache = step, cache
         return cache

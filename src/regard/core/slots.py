@@ -17,6 +17,9 @@ def _as_it_is(x: Tensor, step: Step) -> Tensor:
     return x
 
 
+def _nothing(step: Step) -> None: ...
+
+
 @dataclass(frozen=True)
 class Prepare:
     """Site `qkv`: queries, keys and values before their product, keys and values before they are stored.
@@ -111,11 +114,13 @@ class Write:
 class Rows:
     """Sites `depth` and `tokens`: which rows this layer runs; the others pass it by and leave nothing in its store.
 
-    `choose(step)` returns `[1|B, T]` bool over this forward's rows, or None: all.
+    `choose(step)` returns `[1|B, T]` bool over this forward's rows, or None: all. `check(step)` raises, before
+    anything runs, where the forward cannot be served.
     """
 
     name: str
     choose: Callable[[Step], Tensor | None]
+    check: Callable[[Step], None] = _nothing
 
 
 @dataclass(frozen=True)

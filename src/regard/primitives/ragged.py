@@ -53,7 +53,7 @@ class Ragged(Container):
         positions = self._positions(arrivals)
         shown = self.shown(self.buffer.read() if fields is None else fields, k, v, positions)
         if self.past is not None and not self.recording:
-            self._evict(positions, copied=fields is not None)
+            self._evict(positions, spare=True)
         return shown
 
     def advance(self, step: Step) -> None:
@@ -65,7 +65,7 @@ class Ragged(Container):
         positions = arrivals.long() if padding is None else arrivals - padding[:, None]
         return positions.masked_fill(arrivals < 0, -1)
 
-    def _evict(self, positions: Tensor, *, copied: bool) -> None:
+    def _evict(self, positions: Tensor, *, spare: bool) -> None:
         """Drop the slots that no later query of any batch row needs; a slot goes for all rows at once."""
         assert self.past is not None
         last = self.length - self.state.get("padding", positions.new_zeros(1))[:, None]
@@ -73,9 +73,12 @@ class Ragged(Container):
         index = needed.any(0).nonzero()[:, 0]
         self.base = max(self.length - self.past, self.base)
         # Moving everything for every token would cost more than the spare slots do.
-        if positions.shape[1] - len(index) <= (0 if copied else max(4, len(index) // 32)):
+        if positions.shape[1] - len(index) <= (max(4, len(index) // 32) if spare else 0):
             return
-        self.buffer.replace(tuple(field.index_select(2, index).detach() for field in self.buffer.read()))
+        kept = tuple(field.index_select(2, index) for field in self.buffer.read())
+        # New memory: the View of this forward still reads the old.
+        self.buffer.crop(0)
+        self.buffer.append(kept)
         self.state["arrivals"] = self.state["arrivals"].index_select(1, index)
 
     def record(self) -> None:
@@ -100,7 +103,7 @@ class Ragged(Container):
         if not size:
             self.state.pop("arrivals")
         elif self.past is not None:
-            self._evict(self._positions(self.state["arrivals"]), copied=True)
+            self._evict(self._positions(self.state["arrivals"]), spare=False)
 
     def reset(self) -> None:
         """Forget everything and release the memory."""
