@@ -86,6 +86,13 @@ def test_reach_is_tight_where_a_store_lives_on_it():
     assert (~(~window | Pattern.predicate(odd))).reach() == (Reach(0, 4),)
     assert (window | Pattern.dense(MASK)).reach() == (Reach(0, None),)
     assert (~Pattern.causal()).reach() == (Reach(0, 0),)
+    phases = Pattern.phases(4, 3, [1])
+    assert (phases | window).reach() == (Reach(0, 4, ((4, 3, (1,)),)),)
+    assert ((phases | window) & window).reach() == (phases & window).reach() == (Reach(0, 4),)
+    assert (phases & Pattern.phases(4, 6, [1])).reach() == (Reach(0, 0, ((4, 6, (1,)),)),)
+    assert (phases | Pattern.causal()).reach() == (Reach(0, None),)
+    needed = (phases | window).reach()[0].needs(torch.tensor(40), torch.arange(41))
+    assert needed.tolist() == [k // 4 % 3 == 1 or 40 - k < 4 for k in range(41)]
 
 
 @settings(max_examples=60, deadline=None)

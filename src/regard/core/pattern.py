@@ -12,6 +12,7 @@ from regard.core.rules import (
     FOR_EVER,
     Causal,
     Listed,
+    Phased,
     Predicate,
     Reach,
     Rule,
@@ -83,6 +84,20 @@ class Pattern:
         if int(n) != n or n < 0:
             raise RegardError(f"a sink needs 0 positions or more, got {n}")
         return Pattern((Sink(int(n)),))
+
+    @staticmethod
+    def phases(block: int, stride: int, residues: Iterable[int]) -> "Pattern":
+        """Every `stride`-th block of `block` positions: those whose number is one of `residues` modulo `stride`.
+
+        Raises:
+            RegardError: `block` or `stride` below 1, or a residue outside `0..stride-1`.
+        """
+        chosen = tuple(sorted(set(residues)))
+        if block < 1 or stride < 1 or any(not 0 <= residue < stride for residue in chosen):
+            raise RegardError(
+                f"phases need block >= 1, stride >= 1 and residues below stride, got {block}, {stride}, {chosen}"
+            )
+        return Pattern((Phased(block, stride, chosen),))
 
     @staticmethod
     def predicate(

@@ -19,27 +19,49 @@ from regard.core.errors import RegardError
 
 
 class Reach(NamedTuple):
-    """A key at position `p_k` is needed by a query at `p_q` only while `p_k < sink or p_q - p_k < recent`.
+    """When a key at position `p_k` is needed by a query at `p_q`: `p_k < sink`, `p_q - p_k < recent`, or in `phases`.
 
-    `recent` None: for ever. `sink` is then without meaning and 0.
+    `recent` None: for ever. `sink` and `phases` are then without meaning and empty. Of a phase
+    `(block, stride, residues)` a key is if the number of its block is one of `residues` modulo `stride`.
     """
 
     sink: int
     recent: int | None
+    phases: "tuple[Phase, ...]" = ()
+
+    @property
+    def bounded(self) -> bool:
+        """Whether what is needed does not grow with the text."""
+        return self.recent is not None and not self.phases
+
+    def needs(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether keys at positions `k` are needed by queries at `q` or later; elementwise, bool."""
+        if self.recent is None:
+            return torch.ones_like(k, dtype=torch.bool)
+        needed = (k < self.sink) | (k > q - self.recent)
+        for block, stride, residues in self.phases:
+            number = k.div(block, rounding_mode="floor") % stride
+            for residue in residues:
+                needed = needed | (number == residue)
+        return needed
 
     def __or__(self, other: "Reach") -> "Reach":  # type: ignore[override]
         """The smallest reach that covers both."""
         if self.recent is None or other.recent is None:
             return FOR_EVER
-        return Reach(max(self.sink, other.sink), max(self.recent, other.recent))
+        phases = tuple(sorted({*self.phases, *other.phases}))
+        return Reach(max(self.sink, other.sink), max(self.recent, other.recent), phases)
 
     def __and__(self, other: "Reach") -> "Reach":
         """The smaller of the two: each covers the intersection."""
-        if self.recent is None or other.recent is None:
-            return other if self.recent is None else self
-        return self if sum(self) <= sum(other) else other  # type: ignore[arg-type]
+        return min(self, other, key=Reach._size)
+
+    def _size(self) -> tuple[float, ...]:
+        share = sum(len(residues) / stride for _, stride, residues in self.phases)
+        return (float("inf"), 0) if self.recent is None else (share, self.sink + self.recent)
 
 
+Phase = tuple[int, int, tuple[int, ...]]
 FOR_EVER = Reach(0, None)
 
 
@@ -98,6 +120,26 @@ class Sink(Rule):
 
     def __repr__(self) -> str:
         return f"sink {self.size}"
+
+
+@dataclass(frozen=True)
+class Phased(Rule):
+    """`(k // block) % stride` is one of `residues`."""
+
+    block: int
+    stride: int
+    residues: tuple[int, ...]
+
+    @property
+    def reach(self) -> Reach:  # type: ignore[override]
+        """Its blocks for ever, and nothing else."""
+        return Reach(0, 0, ((self.block, self.stride, self.residues),))
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return self.reach.needs(q, k)
+
+    def __repr__(self) -> str:
+        return f"phases {', '.join(map(str, self.residues))} of {self.stride} (blocks of {self.block})"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.errors import choose as one_of
 from regard.core.pattern import Pattern
-from regard.core.rules import Causal, Rule, covers
+from regard.core.rules import FOR_EVER, Causal, Rule, covers
 from regard.core.shapes import group_size
 from regard.primitives.merge import merge
 from regard.primitives.reference import reference
@@ -211,7 +211,7 @@ def _by_heads(
     members: dict[Rule, list[int]] = {}
     for h, rule in enumerate(pattern.rules):
         members.setdefault(rule, []).append(h)
-    skips = any(rule.reach.recent is not None or (aligned and rule == Causal()) for rule in members)
+    skips = any(rule.reach != FOR_EVER or (aligned and rule == Causal()) for rule in members)
     if len(members) == 1:
         pattern = Pattern(pattern.rules[:1])
     if len(members) == 1 or not skips:

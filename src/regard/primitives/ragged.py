@@ -1,21 +1,22 @@
-"""The ragged store: the rows that a layer ran, each with its arrival, where others passed the layer by."""
+"""The ragged store: tokens anywhere in the text, each with its arrival."""
 
 import torch
 from torch import Tensor
 
+from regard.core.rules import FOR_EVER, Reach
 from regard.core.step import Step
 from regard.core.store import Codec
 from regard.primitives.buffer import Attend, Container, Shown, joined
 
 
 class Ragged(Container):
-    """Keeps the keys and values of the rows it was given, with their arrivals, `-1` where a batch row had none.
+    """Keeps keys and values with their arrivals, `-1` where a batch row had none.
 
-    Layers that run fewer rows than the request brings (skipped depth, dropped tokens) have stores of their
-    own lengths. `length` is the request's all the same.
+    For layers that run fewer rows than the request brings (skipped depth, dropped tokens), and for reaches with
+    holes. `length` is the request's all the same.
 
     Args:
-        sink, recent: as a Ring's: what later queries need. `recent` None: everything.
+        reach: what later queries need; the rest is dropped.
     """
 
     kind = "ragged"
@@ -23,13 +24,12 @@ class Ragged(Container):
     def __init__(
         self,
         attend: Attend,
-        sink: int = 0,
-        recent: int | None = None,
+        reach: Reach = FOR_EVER,
         key_codec: Codec | None = None,
         value_codec: Codec | None = None,
     ):
         super().__init__(attend, key_codec, value_codec)
-        self.sink, self.past = sink, None if recent is None else max(recent - 1, 0)
+        self.reach = reach
         # Nothing at or after `base` was ever evicted.
         self.base = 0
         self.recording = False
@@ -52,7 +52,7 @@ class Ragged(Container):
             self.state["padding"] = step.padding.to(k.device)
         positions = self._positions(arrivals)
         shown = self.shown(self.buffer.read() if fields is None else fields, k, v, positions)
-        if self.past is not None and not self.recording:
+        if self.reach.recent is not None and not self.recording:
             self._evict(positions, spare=True)
         return shown
 
@@ -67,11 +67,10 @@ class Ragged(Container):
 
     def _evict(self, positions: Tensor, *, spare: bool) -> None:
         """Drop the slots that no later query of any batch row needs; a slot goes for all rows at once."""
-        assert self.past is not None
-        last = self.length - self.state.get("padding", positions.new_zeros(1))[:, None]
-        needed = (positions >= 0) & ((positions < self.sink) | (positions >= last - self.past))
+        following = self.length - self.state.get("padding", positions.new_zeros(1))[:, None]
+        needed = (positions >= 0) & self.reach.needs(following, positions)
         index = needed.any(0).nonzero()[:, 0]
-        self.base = max(self.length - self.past, self.base)
+        self.base = max(self.length - self._past, self.base)
         # Moving everything for every token would cost more than the spare slots do.
         if positions.shape[1] - len(index) <= (max(4, len(index) // 32) if spare else 0):
             return
@@ -102,7 +101,7 @@ class Ragged(Container):
         self.state["arrivals"] = arrivals[:, :size].contiguous()
         if not size:
             self.state.pop("arrivals")
-        elif self.past is not None:
+        elif self.reach.recent is not None:
             self._evict(self._positions(self.state["arrivals"]), spare=False)
 
     def reset(self) -> None:
@@ -113,6 +112,9 @@ class Ragged(Container):
     @property
     def removable(self) -> int:
         """How many of the last arrivals a `crop` can forget now."""
-        if self.past is None or not self.base:
-            return self.length
-        return max(self.length - self.base - self.past, 0)
+        return max(self.length - self.base - self._past, 0) if self.base else self.length
+
+    @property
+    def _past(self) -> int:
+        """Arrivals before the next one that it may still see wherever they lie."""
+        return max((self.reach.recent or 0) - 1, 0)

@@ -21,7 +21,7 @@ def build(
     *,
     ragged: bool = False,
 ) -> Store:
-    """A store for `kv_heads` heads: a Ring where the pattern's reach is finite, else a Full.
+    """A store for `kv_heads` heads: a Ring where the reach is bounded, a Ragged where it has holes, a Full otherwise.
 
     Heads with equal `(reach, key codec, value codec)` share a store; one group needs no HeadSplit.
 
@@ -50,8 +50,8 @@ def build(
 
 
 def _child(reach: Reach, key: Codec | None, value: Codec | None, attend: Attend, ragged: bool) -> Store:
-    if ragged:
-        return Ragged(attend, reach.sink, reach.recent, key, value)
+    if ragged or reach.phases:
+        return Ragged(attend, reach, key, value)
     if reach.recent is None:
         return Full(attend, key, value)
     return Ring(attend, reach.sink, reach.recent, key, value)

@@ -62,9 +62,9 @@ def sweep(
             seen = None
         elif aligned and pattern is None:
             seen = None
-        elif aligned:
+        elif aligned and not reach.phases:
             seen = _span(reach, max(keys - rows + start, 0), max(keys - rows + stop, 0), keys)
-        elif reach.recent is not None and reach.sink + reach.recent + stop - start > WORTH * keys:
+        elif reach.bounded and reach.sink + (reach.recent or 0) + stop - start > WORTH * keys:
             seen = None
         else:
             seen = _reached(reach, at, k_pos, pattern is not None)
@@ -92,7 +92,7 @@ def _block(rows: int, keys: int, width: int, reach: Reach) -> int:
     if reach.recent is not None:
         band = reach.sink + reach.recent
         most = max(BLOCK, min(512, band // 4))
-        keys = min(keys, band + most)
+        keys = min(keys, band + most) if reach.bounded else keys
     return max(1, min(most, LIMIT // (width * keys)))
 
 
@@ -118,7 +118,7 @@ def _reached(reach: Reach, at: Tensor, k_pos: Tensor, causal: bool) -> Tensor | 
     if causal:
         keep = keep & (k_pos <= high)
     if reach.recent is not None:
-        keep = keep & ((k_pos < reach.sink) | (k_pos > low - reach.recent))
+        keep = keep & reach.needs(low, k_pos)
     index = keep.reshape(-1, keep.shape[-1]).any(0).nonzero()[:, 0]
     if len(index) > WORTH * k_pos.shape[-1]:
         return None

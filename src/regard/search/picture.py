@@ -20,15 +20,16 @@ def holdings(model: Any, placements: Sequence[Placement]) -> list[list[dict[str,
         row = []
         for head in range(decoder.kv_heads):
             if slots is None:
-                row.append({"sink": 0, "recent": None, "key": None, "value": None})
+                row.append({"sink": 0, "recent": None, "share": 0, "key": None, "value": None})
                 continue
             reach = slots.pattern.reach()
-            sink, recent = reach[head if len(reach) > 1 else 0]
+            sink, recent, phases = reach[head if len(reach) > 1 else 0]
             key, value = slots.key_codec[head], slots.value_codec[head]
             row.append(
                 {
                     "sink": sink,
                     "recent": recent,
+                    "share": sum(len(residues) / stride for _, stride, residues in phases),
                     "key": key.name if key else None,
                     "value": value.name if value else None,
                 }

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import regard
+from contracts.decoding import at_once, forced
+from contracts.replay import everything_kept
+from families import tiny
 from regard import Pattern
 from regard.core.placement import Where
 from regard.ops.masks import s2
@@ -50,6 +53,32 @@ def test_a_block_once_dropped_is_never_needed_again():
     table = made().to_dense(96, heads=3)[:, ::4, ::4]
     below = torch.ones(24, 24).tril(-1).bool()
     assert not (table[:, 1:] & ~table[:, :-1] & below[:-1]).any()
+
+
+@pytest.mark.parametrize("length", [61, 64, 200])
+def test_the_cache_holds_what_the_formula_says_within_a_block(length):
+    model = tiny("llama")
+    ids = torch.randint(2, 90, (1, length))
+    recipe = regard.Recipe([regard.place("s2", block=4, local=2, stride=2)])
+    with regard.attach(model, recipe), torch.no_grad():
+        cache = model(input_ids=ids[:, :40], use_cache=True).past_key_values
+        for token in ids[0, 40:]:
+            model(input_ids=token[None, None], past_key_values=cache)
+        capacity = cache.layers[1].store.capacity["ragged"]
+    wanted = 2 * (2 * 4 + (length - 8) / 2)
+    # A block of either head, and the spare slots of a growing buffer.
+    assert abs(capacity - wanted) <= 2 * (4 + 4) + 2 * max(48, length // 20)
+    assert length < 200 or capacity < 1.8 * length
+
+
+def test_the_cache_forgets_nothing_that_decoding_needs():
+    model = tiny("llama").double()
+    ids = torch.randint(2, 90, (1, 90))
+    recipe = regard.Recipe([regard.place("s2", block=4, local=2, stride=2)])
+    with regard.attach(model, recipe):
+        cached = forced(model, ids, torch.ones_like(ids), [50, *range(51, 90)])
+    with everything_kept(), regard.attach(model, recipe):
+        torch.testing.assert_close(cached, at_once(model, ids, torch.ones_like(ids)), atol=1e-9, rtol=1e-9)
 
 
 def test_holes_and_too_many_dense_heads_are_named():

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
-from regard.core.pattern import Pattern
+from regard.core.pattern import Pattern, Reach
 from regard.core.placement import Where
 
 CARD = Card(
@@ -15,10 +15,9 @@ CARD = Card(
     sheet=172,
     implements="The causal pattern with absolute phases, homogeneous or one phase a head, and dense heads.",
     exact=False,
-    saving="none",
+    saving="memory",
     departures=(
-        "Saves nothing yet: stores keep every block and attention masks the others. A block-sparse kernel and a "
-        "store that drops whole phases come with their sites.",
+        "No block-sparse kernel yet: a prefill gathers the blocks that each block of queries sees.",
         "Where KV heads are fewer than the stride, official phases leave blocks that no head sees: refused, or "
         "filled by giving each head several phases.",
         "The bidirectional form is left out.",
@@ -27,7 +26,8 @@ CARD = Card(
         "stride 1, or a window of all blocks: dense causal attention",
         "heads together see every block exactly when their phases meet every residue",
         "allowed pairs equal a loop over blocks; density equals its count",
-        "a block no longer needed is never needed again",
+        "a block no longer needed is never needed again, and leaves the cache",
+        "the cache holds local * block tokens and one of stride others, within a block",
     ),
     aliases=("s2_attention",),
     neutral={"stride": 1},
@@ -43,6 +43,7 @@ CARD = Card(
             kind="str",
             default="refuse",
             choices=("refuse", "fill", "leave"),
+            search=("fill",),
             doc="where fewer phases than the stride leave blocks unseen: refuse, fill with more phases a head, leave",
         ),
     },
@@ -73,18 +74,16 @@ def allow(
         if holes == "fill":
             for turn, residue in enumerate(sorted(missing)):
                 seen[turn % sparse].add(residue)
-    rules = [Pattern.predicate(phases(block, local, stride, residues)) for residues in seen]
+    near = Pattern.predicate(last_blocks(block, local), reach=Reach(0, block * local))
+    rules = [near | Pattern.phases(block, stride, residues) for residues in seen]
     return Pattern.stack_heads([*rules, *[Pattern.causal()] * dense_heads])
 
 
-def phases(block: int, local: int, stride: int, residues: set[int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The predicate of one head: blocks whose number has one of `residues` modulo `stride`, and `local` blocks."""
+def last_blocks(block: int, local: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The predicate `m - n < local` over blocks of `block` positions."""
 
-    def allowed(q_pos: Tensor, k_pos: Tensor, head: Tensor) -> Tensor:
+    def near(q_pos: Tensor, k_pos: Tensor, head: Tensor) -> Tensor:
         m, n = q_pos.div(block, rounding_mode="floor"), k_pos.div(block, rounding_mode="floor")
-        near = m - n < local
-        for residue in sorted(residues):
-            near = near | (n % stride == residue)
-        return near
+        return m - n < local
 
-    return allowed
+    return near
