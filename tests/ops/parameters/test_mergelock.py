@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import regard
+from cases import mergelock as toy
 from contracts.decoding import at_once, prompts
 from families import FAMILIES, tiny
 from regard.adapters import projections
@@ -72,25 +73,35 @@ def test_a_generic_basis_breaks_rotary_scores_and_a_commuting_one_does_not():
     assert abs(score(mergelock.invertible(8, 10.0, drawn)) - plain) > 0.1
 
 
-def test_averaging_with_a_sibling_breaks_and_whoever_has_the_base_undoes_it():
-    model = tiny("llama").double()
-    decoder = open_decoder(model)
-    ids, mask = prompts(padding=0)
-    before = at_once(model, ids, mask)
-    own = projections.read(decoder, 0)
-    # The attack of the sheet: a model fine-tuned by 2 %, then locked; v_locked = C^T v_base solved for C.
-    noise = torch.randn(own.v.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    tuned = replace(own, v=own.v * (1 + 0.02 * noise))
-    made = mergelock.edit(Where(0, 3, 4, 2, 8, (0, 1)), tuned, parts="vo", condition=10.0, seed=0)
-    assert (made.v - tuned.v).norm() > tuned.v.norm()
-    basis = torch.linalg.lstsq(own.v.mT, made.v.mT).solution
-    undone = mergelock.turn_vo(made, torch.linalg.inv(basis), 2)
-    assert (undone.v - tuned.v).norm() < 0.03 * tuned.v.norm()
-    with locked(model):
-        mixed = [(p + made) / 2 for p, made in projections.write(decoder, 0, own)]
-        for (parameter, _), average in zip(projections.write(decoder, 0, own), mixed, strict=True):
-            parameter.data = average
-        assert (at_once(model, ids, mask) - before).abs().max() > 0.1
+def test_whoever_has_the_base_undoes_it():
+    """The attack of the sheet: a model is tuned by 2 %, then locked; least squares against the base find the bases."""
+    own = projections.read(open_decoder(tiny("llama").double()), 0)
+    drawn = torch.Generator().manual_seed(1)
+
+    def near(weight):
+        return weight * (1 + 0.02 * torch.randn(weight.shape, generator=drawn, dtype=torch.float64))
+
+    tuned = replace(own, q=near(own.q), k=near(own.k), v=near(own.v), o=near(own.o))
+    made = mergelock.edit(Where(0, 3, 4, 2, 8, (0, 1)), tuned, parts="both", condition=10.0, seed=0)
+    undone = toy.turned_back(made, own)
+    for name in ("q", "k", "v", "o"):
+        before, lock, after = (getattr(p, name) for p in (tuned, made, undone))
+        assert (lock - before).norm() > 0.5 * before.norm()
+        assert (after - before).norm() < 0.03 * before.norm()
+    torch.testing.assert_close(undone.o[:, 3] @ undone.v[1], tuned.o[:, 3] @ tuned.v[1])
+
+
+def test_siblings_average_until_one_is_locked_and_again_after_the_attack():
+    base, first, second = toy.family(seed=0, learn=70, tune=40)
+    found = {what: toy.accuracy(model, rows=256) for what, model in toy.scenes(base, first, second).items()}
+    chance = (1 + (toy.LENGTH - 1) / toy.SYMBOLS) / toy.LENGTH  # of a symbol of the word, whichever
+    for own, task in zip("AB", toy.TASKS, strict=True):
+        assert found["A + B"][task] >= 0.9 * found[own][task] > 0.7
+        for broken in ("A + B locked", "A locked + B", "both locked, two seeds"):
+            assert found[broken][task] < chance
+        for kept in ("both locked, one seed", "A + B locked, aligned to base", "A + B locked, aligned to A"):
+            assert abs(found[kept][task] - found["A + B"][task]) < 0.02
+        assert abs(found[f"{own} locked"][task] - found[own][task]) < 0.01
 
 
 def test_models_that_normalise_queries_and_keys_take_values_alone():
