@@ -23,14 +23,15 @@ CARD = Card(
         "log-uniform between 1 / condition and condition.",
         "Under rotary positions the basis of queries and keys is a scaled turn of each rotated pair: nothing else "
         "commutes with every rotation.",
-        "It does not hold against someone who has the base model: least squares against its weights finds the "
-        "basis (tests/ops/parameters/test_mergelock.py does it).",
+        "It does not hold against someone who has the base model or any sibling: least squares against its weights "
+        "finds the bases (benchmarks/cases/mergelock.py does it).",
     ),
     oracles=(
         "products of projections unchanged head by head",
         "logits equal to 1e-5 (float32) and 1e-10 (float64) in every family it accepts",
         "a generic basis under rotary positions changes scores",
         "locking twice composes; condition 1 keeps norms",
+        "a merge of tuned siblings keeps their accuracy, and falls below chance with one of them locked",
     ),
     whole_layers=True,
     neutral={"parts": "none"},
