@@ -119,6 +119,7 @@ def _all_rows(whole: Callable[..., Any], index: int, told: requests.Requests):
         runs = blocks.together(layer.slots.rows, told.step)
         if runs is None:
             return whole(hidden, *args, **kwargs)
+        runs = blocks.as_mask(runs, told.step)
         told.step.shared[layer.store] = runs
         return torch.where(runs[..., None], whole(hidden, *args, **kwargs), hidden)
 

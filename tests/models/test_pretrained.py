@@ -49,6 +49,15 @@ def test_demo_missing(monkeypatch):
         pretrained.load("demo")
 
 
+def test_a_carried_demo_model_is_taken_from_its_folder(tiny, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
+    monkeypatch.setenv("REGARD_DEMO_MODEL", str(tiny))
+    assert pretrained.demo_folder() == tiny
+    monkeypatch.setenv("REGARD_DEMO_MODEL", str(tiny / "nowhere"))
+    with pytest.raises(RegardError, match="no folder"):
+        pretrained.load("demo")
+
+
 @pytest.mark.parametrize("name", ["./nowhere", "~/nowhere/at/all", "a/b/c", " "])
 def test_no_such_folder(name):
     with pytest.raises(RegardError, match="no folder"):

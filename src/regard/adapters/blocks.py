@@ -1,12 +1,13 @@
 """Decoder layers that run some rows only, or whose parts are edited before they join the residual stream."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regard.adapters.cache_layer import eager
+from regard.adapters.cache_layer import StoreLayer, eager
 from regard.adapters.families import Decoder
 from regard.adapters.requests import Requests
 from regard.adapters.seam import Surgery
@@ -99,6 +100,8 @@ def _some_rows(whole: Callable[..., Any], index: int, requests: Requests) -> Cal
         runs = together(layer.slots.rows, step)
         if runs is None:
             return whole(hidden, *args, **kwargs)
+        if not isinstance(runs, Tensor):
+            return _first_rows(whole, layer, step, runs, hidden, args, kwargs)
         at = offsets(runs)
         if not at.shape[1]:
             layer.store.advance(step)
@@ -113,13 +116,44 @@ def _some_rows(whole: Callable[..., Any], index: int, requests: Requests) -> Cal
     return run
 
 
-def together(edits: Sequence[Rows], step: Step) -> Tensor | None:
-    """The rows that all of `edits` let run, `[1|B, T]` bool; None: all rows."""
-    masks = [mask for edit in edits if (mask := edit.choose(step)) is not None]
-    if not masks:
-        return None
+def _first_rows(
+    whole: Callable[..., Any],
+    layer: StoreLayer,
+    step: Step,
+    count: int,
+    hidden: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """A layer's forward on the first `count` rows: to the layer a shorter forward, known without asking the device."""
+    if not count:
+        layer.store.advance(step)
+        return hidden
+    layer.step = replace(step, width=count)
+    kwargs = {name: _shorten(name, value, count) for name, value in kwargs.items()}
+    out = whole(hidden[:, :count], *args, **kwargs)
+    layer.store.advance(step)
+    if isinstance(out, tuple):
+        return (torch.cat((out[0], hidden[:, count:]), dim=1), *out[1:])
+    return torch.cat((out, hidden[:, count:]), dim=1)
+
+
+def together(edits: Sequence[Rows], step: Step) -> Tensor | int | None:
+    """The rows that all of `edits` let run: `[1|B, T]` bool, the number of first rows, or None: all rows."""
+    said = [runs for edit in edits if (runs := edit.choose(step)) is not None]
+    masks = [runs for runs in said if isinstance(runs, Tensor)]
+    count = min((runs for runs in said if not isinstance(runs, Tensor)), default=step.width)
+    if not masks or not count:
+        return None if count >= step.width else count
     runs = torch.stack(torch.broadcast_tensors(*masks)).all(0)
+    if count < step.width:
+        runs = runs & as_mask(count, step)
     return None if bool(runs.all()) else runs
+
+
+def as_mask(runs: Tensor | int, step: Step) -> Tensor:
+    """What `together` returned as `[1|B, T]` bool."""
+    return runs if isinstance(runs, Tensor) else (torch.arange(step.width, device=step.device) < runs)[None]
 
 
 def offsets(runs: Tensor) -> Tensor:
@@ -137,6 +171,13 @@ def _narrow(name: str, value: Any, at: Tensor) -> Any:
     if name == "position_ids" and isinstance(value, Tensor):
         return pick(value, at, 1) if value.ndim == 2 else torch.stack([pick(x, at, 1) for x in value])
     return value
+
+
+def _shorten(name: str, value: Any, count: int) -> Any:
+    """A keyword of a layer that speaks of rows, for the first `count` rows only."""
+    if name == "position_embeddings":
+        return tuple(x[:, :count] for x in value)
+    return value[..., :count] if name == "position_ids" and isinstance(value, Tensor) else value
 
 
 def _put(hidden: Tensor, part: Tensor, at: Tensor) -> Tensor:

@@ -18,6 +18,14 @@ from regard.ops.layer import run
 eager: Callable[[Any], Any] = torch.compiler.disable
 
 
+def _autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that attention has under autocast: the kernels below torch's own attention do not obey it."""
+    kind = x.device.type
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
 class StoreView:
     """What `update` returns in place of keys and values: the store's view with this forward's step."""
 
@@ -26,7 +34,7 @@ class StoreView:
 
     def attend(self, q: Tensor, *, scale: float, softcap: float | None) -> Tensor:
         """Attention of `q [B, H, T, D]` with everything the layer's slots say: `out [B, H, T, Dv]`."""
-        return run(self._slots, self._view, q, self._step, self._state, scale=scale, softcap=softcap)
+        return run(self._slots, self._view, _autocast(q), self._step, self._state, scale=scale, softcap=softcap)
 
 
 class StoreLayer(CacheLayerMixin):
@@ -61,9 +69,8 @@ class StoreLayer(CacheLayerMixin):
             raise RegardError(f"this cache was made under recipe {self.recipe}; attach that recipe to go on with it")
         for edit in self.slots.prepare:
             key_states, value_states = edit.key(key_states, self.step), edit.value(value_states, self.step)
-        view = StoreView(
-            self.store.append(key_states, value_states, self.step), self.slots, self.step, self.store.state
-        )
+        seen = self.store.append(_autocast(key_states), _autocast(value_states), self.step)
+        view = StoreView(seen, self.slots, self.step, self.store.state)
         self.is_initialized = True
         return view, view
 

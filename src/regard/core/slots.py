@@ -114,12 +114,13 @@ class Write:
 class Rows:
     """Sites `depth` and `tokens`: which rows this layer runs; the others pass it by and leave nothing in its store.
 
-    `choose(step)` returns `[1|B, T]` bool over this forward's rows, or None: all. `check(step)` raises, before
-    anything runs, where the forward cannot be served.
+    `choose(step)` returns `[1|B, T]` bool over this forward's rows, or None: all. Where the rows that run come
+    first it may return their number (0: none) instead, which costs nothing to follow on any device. `check(step)`
+    raises, before anything runs, where the forward cannot be served.
     """
 
     name: str
-    choose: Callable[[Step], Tensor | None]
+    choose: Callable[[Step], Tensor | int | None]
     check: Callable[[Step], None] = _nothing
 
 

@@ -51,9 +51,13 @@ def demo_text() -> str:
 def demo_folder() -> Path:
     """The demo model as a transformers folder; converted from its GGUF once and then kept in the user's cache.
 
+    `$REGARD_DEMO_MODEL` names a folder to take instead: a converted one carried to a machine without the package.
+
     Raises:
-        RegardError: the package that carries the model is not installed.
+        RegardError: the package that carries the model is not installed, or that folder holds no model.
     """
+    if carried := os.environ.get("REGARD_DEMO_MODEL"):
+        return Path(_locate(str(Path(carried).absolute())))
     source = _gguf_file()
     with source.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -32,6 +32,8 @@ class Ragged(Container):
         self.reach = reach
         # Nothing at or after `base` was ever evicted.
         self.base = 0
+        # Whether every arrival so far was given and none evicted: then nobody needs their positions.
+        self.complete = True
         self.recording = False
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> Shown:
@@ -40,6 +42,7 @@ class Ragged(Container):
         Gradients flow through `k` and `v` of this forward; what was written earlier is detached.
         """
         new = self.write(k, v, step)
+        self.complete &= step.rows is None and self.buffer.size == self.length
         given = step.arrivals.to(k.device, torch.int32).expand(k.shape[0], -1)
         held = self.state.get("arrivals")
         arrivals = given if held is None else torch.cat((held, given), dim=1)
@@ -51,7 +54,8 @@ class Ragged(Container):
         if step.padding is not None:
             self.state["padding"] = step.padding.to(k.device)
         positions = self._positions(arrivals)
-        shown = self.shown(self.buffer.read() if fields is None else fields, k, v, positions)
+        known = self.complete and "padding" not in self.state
+        shown = self.shown(self.buffer.read() if fields is None else fields, k, v, None if known else positions)
         if self.reach.recent is not None and not self.recording:
             self._evict(positions, spare=True)
         return shown
@@ -107,7 +111,7 @@ class Ragged(Container):
     def reset(self) -> None:
         """Forget everything and release the memory."""
         super().reset()
-        self.base, self.recording = 0, False
+        self.base, self.recording, self.complete = 0, False, True
 
     @property
     def removable(self) -> int:
