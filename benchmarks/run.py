@@ -7,6 +7,7 @@ same rows, with machine, versions, commit and settings, go to `results/<case>-<d
 import argparse
 import importlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=cases)
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of the case, whole numbers")
+    parser.add_argument("--commit", help="the commit these files are of, where they lie outside a checkout")
     parser.add_argument("--out", type=Path, help="where to write; the default is results/<case>-<device>.json")
     given = parser.parse_args()
     settings = {name: int(value) for name, _, value in (item.partition("=") for item in given.settings)}
+    began = time.monotonic()
     facts, rows = importlib.import_module(f"cases.{given.case}").run(**settings)
+    facts |= {"commit": facts["commit"] or given.commit, "seconds": time.monotonic() - began}
     device = "".join(c if c.isalnum() else "-" for c in facts["device"].lower()).strip("-")
     out = given.out or HERE / "results" / f"{given.case}-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
