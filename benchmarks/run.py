@@ -25,7 +25,7 @@ def main() -> None:
     settings = {name: int(value) for name, _, value in (item.partition("=") for item in given.settings)}
     began = time.monotonic()
     facts, rows = importlib.import_module(f"cases.{given.case}").run(**settings)
-    facts |= {"commit": facts["commit"] or given.commit, "seconds": time.monotonic() - began}
+    facts |= {"commit": given.commit or facts["commit"], "seconds": time.monotonic() - began}
     device = "".join(c if c.isalnum() else "-" for c in facts["device"].lower()).strip("-")
     out = given.out or HERE / "results" / f"{given.case}-{device}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
