@@ -34,7 +34,8 @@ class Card:
     `neutral` holds the options under which the mechanism is bit-identical to the model's own attention
     (None: it has no such setting), `example` options small enough to show it at work on a short text (the
     contract tests run them). `oracles` says what the file was checked against. `whole_layers`
-    forbids a choice of heads.
+    forbids a choice of heads. `whole_model`: the mechanism decides over all layers at once, so that a search places
+    it on all of them and spares none.
     """
 
     title: str
@@ -47,6 +48,7 @@ class Card:
     oracles: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     whole_layers: bool = False
+    whole_model: bool = False
     neutral: dict[str, Any] | None = None
     example: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Option] = field(default_factory=dict)

@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regard.adapters.families import open_decoder
 from regard.catalog import Entry
 from regard.core.placement import Placement
 from regard.measure.quality import dense, quality
 from regard.measure.text import windows
-from regard.search.space import bits, width
+from regard.recipes.legal import refusal, settings
+from regard.search.space import bits, sparing, width
 
 Progress = Callable[[str, int, int], None]
 # One window for the sensitivity of layers: long enough that a small recent window bites.
@@ -80,7 +82,7 @@ def calibrate(
             continue
         if fit := fitter(entry):
             tensors[entry.stem] = fit(model, tokens, progress=_steps(report, f"fitting {entry.stem}"))
-        elif any(o.search for o in entry.card.options.values()):
+        elif sparing(entry):
             sensitivity[entry.stem] = probe(model, tokens, entry, layers, report)
         else:
             continue
@@ -113,6 +115,10 @@ def probe(model: Any, tokens: Tensor, entry: Entry, layers: int, report: Progres
         elif option.search and option.kind in ("int", "float"):
             numbers = [v for v in option.search if v is not None]
             options[name] = option.default if finest or not numbers else min(numbers)
+    decoder = open_decoder(model)
+    # What is coarsest may not be served on this model: then the first setting that is.
+    able = (o for o in (options, *settings(entry)) if not refusal([Placement(entry.stem, options=o)], decoder))
+    options = next(able, options)
     size = CONTEXT + CONTINUATION
     context = CONTEXT if len(tokens) >= size else max(1, len(tokens) - CONTINUATION)
     window = windows(tokens, context, min(CONTINUATION, len(tokens) - context), 1)
