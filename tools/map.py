@@ -51,11 +51,11 @@ def tried() -> Support:
     """Mechanism -> family -> why its example is refused there, None if it decodes."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
+
+    import regard
     from contracts.decoding import generated
     from contracts.subjects import example
     from families import FAMILIES, tiny
-
-    import regard
     from regard.adapters.families import open_decoder
 
     torch.set_num_threads(1)
