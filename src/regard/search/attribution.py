@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from regard.search.book import name_of
-from regard.search.front import dominates
 from regard.search.results import Row, Study, costs
 
 Told = Sequence[Mapping[str, Any]]
@@ -52,8 +51,8 @@ def owes(row: Row, measured: Mapping[str, Mapping[str, Any]], criteria: Sequence
 
     Returns:
         stem -> `without`, the scores of the row less that mechanism; `change`, by how much they differ from the
-        row's own; `pays`, False if the row without it is nowhere worse in `criteria`, and somewhere better. Or
-        stem -> `reason`, why that could not be measured.
+        row's own; `pays`, whether the row is worse without it in any of `criteria`. Or stem -> `reason`, why that
+        could not be measured.
     """
     found: dict[str, Any] = {}
     for stem in stems(row.placements):
@@ -68,7 +67,7 @@ def owes(row: Row, measured: Mapping[str, Mapping[str, Any]], criteria: Sequence
         found[stem] = {
             "without": {n: there[n] for n in names},
             "change": {n: there[n] - here[n] for n in names},
-            "pays": not dominates(costs(there, names), costs(here, names)),
+            "pays": any(a > b for a, b in zip(costs(there, names), costs(here, names), strict=True)),
         }
     return found
 

@@ -126,7 +126,7 @@ class _Search:
             if named:
                 raise RegardError(f"{stem!r} cannot stand on this model: {reason}")
         able = [entry for entry in chosen if self.legal.allows(entry.stem)]
-        _searchable(able)
+        _searchable(able, "; ".join(self.legal.alone.values()))
         return able
 
     def calibrate(self, tokens: Tensor, chosen: Sequence[Entry]) -> Calibration:
@@ -363,14 +363,14 @@ def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
     return chosen
 
 
-def _searchable(chosen: Sequence[Entry]) -> None:
+def _searchable(chosen: Sequence[Entry], why: str = "no mechanism given has options with values to search") -> None:
     """Raise if there is nothing to vary.
 
     Raises:
-        RegardError: no mechanism has values to search.
+        RegardError: no mechanism has values to search, and `why`.
     """
     if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
-        raise RegardError("nothing to search: no mechanism given has options with values to search")
+        raise RegardError(f"nothing to search: {why}")
 
 
 def _unfitted(entry: Entry) -> bool:
