@@ -198,3 +198,17 @@ def test_what_cannot_stand_is_left_out_unless_it_was_named(fakes, tmp_path, monk
     monkeypatch.setattr("regard.search.study.entries", lambda: {"picky": fakes["picky"]})
     with pytest.raises(RegardError, match="nothing to search: 'picky' needs 7 layers"):
         run(tmp_path / "none", None)
+
+
+def test_what_cannot_be_fitted_is_left_out_unless_it_was_named(fakes, tmp_path, monkeypatch):
+    def fit(model, tokens, progress=None):
+        raise RegardError("nothing to fit here")
+
+    monkeypatch.setattr("regard.search.calibration.fitter", lambda entry: fit if entry.stem == "duo" else None)
+    known = {"duo": catalog.find("duo"), "planner": fakes["planner"]}
+    monkeypatch.setattr("regard.search.study.entries", lambda: known)
+    study = run(tmp_path / "out", None, trials=2, calibration=None)
+    assert study.facts["left_out"] == {"duo": "nothing to fit here"}
+    assert {p["mechanism"] for r in study.rows for p in r.placements} == {"planner"}
+    with pytest.raises(RegardError, match="nothing to fit here"):
+        run(tmp_path / "named", ["duo"], calibration=None)

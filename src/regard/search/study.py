@@ -89,7 +89,7 @@ def search(
     run.told = {"model": facts.model_facts(model), "text": facts.text_digest(tokens), "tokens": len(tokens)}
     chosen = run.judge(chosen, named=mechanisms is not None, tensors=calibration.tensors if calibration else {})
     try:
-        run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen)
+        run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen, mechanisms is not None)
         run.open(storage, study_name, chosen)
         run.trials()
         run.finals()
@@ -129,8 +129,16 @@ class _Search:
         _searchable(able, "; ".join(self.legal.alone.values()))
         return able
 
-    def calibrate(self, tokens: Tensor, chosen: Sequence[Entry]) -> Calibration:
-        """Fit and probe, with a bar; cached in the folder."""
+    def calibrate(self, tokens: Tensor, chosen: Sequence[Entry], named: bool) -> Calibration:
+        """Fit and probe, with a bar; cached in the folder. What cannot be is left out, unless it was `named`.
+
+        Raises:
+            RegardError: one that was named cannot be fitted or probed.
+        """
+
+        def refuse(stem: str, reason: str) -> None:
+            self.legal = dataclasses.replace(self.legal, alone={**self.legal.alone, stem: reason})
+
         cache = self.folder / "calibration.safetensors" if self.folder else None
         key = f"{self.told['model']['digest']} {facts.text_digest(tokens)}"
         with self.screen.phase("calibrating", None) as bar:
@@ -142,10 +150,17 @@ class _Search:
                 cache=cache,
                 key=key,
                 progress=lambda name, done, total: bar.at(done, total, name),
+                refuse=None if named else refuse,
             )
 
     def open(self, storage: str | Path, name: str, chosen: Sequence[Entry]) -> None:
-        """Open or continue the study."""
+        """Open or continue the study.
+
+        Raises:
+            RegardError: it was begun under other settings, or calibration left nothing to search.
+        """
+        chosen = [entry for entry in chosen if self.legal.allows(entry.stem)]
+        _searchable(chosen, "; ".join(self.legal.alone.values()))
         known = self.calibration
         space = Space(tuple(chosen), self.shape["layers"], known.order(), known.tensors, self.legal)
         larger = [SCORES[o][1] for o in self.plan.objectives]
