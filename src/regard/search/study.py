@@ -59,8 +59,7 @@ def search(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
-        mechanisms: names to search over; None: all that save something and can stand on this model, if they
-            are fitted here or need not be.
+        mechanisms: names to search over; None: all that save something, can stand here and can be fitted here.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
         constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
         trials: in all processes together, dense not counted.
@@ -74,8 +73,7 @@ def search(
         **settings: any other field of `Plan`.
 
     Raises:
-        RegardError: text too short, an unknown name, a named mechanism that cannot stand on this model, or a
-            study begun with another model, text or settings.
+        RegardError: text too short; a named mechanism unknown or impossible here; a study of other settings.
     """
     plan = Plan.of(objectives=objectives, constraints=constraints, trials=trials, seconds=seconds, **settings)
     folder = Path(out) if out is not None else None
