@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import mechanisms
 import regard
 from regard.models.pretrained import demo_text
 from terminal import QUICK_MEASURE, QUICK_SEARCH
@@ -29,6 +30,45 @@ def test_explain(regard_command, tiny_folder, recipe):
     told = json.loads(regard_command("explain", tiny_folder, "--recipe", recipe, "--json").out)
     assert told["note"] == "a note"
     assert "\n".join(told["lines"]) == done.out.strip()
+
+
+@pytest.fixture
+def clashing(tmp_path, regard_command, monkeypatch):
+    """A recipe of which two placements clash, and one cannot be served at all."""
+    fakes = mechanisms.install(tmp_path / "ops", monkeypatch)
+    placed = [regard.place(fakes[stem].stem) for stem in ("hoard", "picky", "miser")]
+    return regard.Recipe(placed).save(tmp_path / "clashing.yaml")
+
+
+def test_explain_says_why_a_recipe_cannot_be_served(regard_command, tiny_folder, clashing):
+    done = regard_command("explain", tiny_folder, "--recipe", clashing)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    assert "cannot be served on LlamaForCausalLM: placement 1 picky: 'picky' needs 7 layers" in done.err
+    assert "(and 1 more)" in done.err
+    assert "0 hoard + 2 miser" in done.out
+    assert "both keep layer 0 head 0" in " ".join(done.out.split())
+    done = regard_command("explain", tiny_folder, "--recipe", clashing, "--json")
+    assert done.code == 2
+    refused = json.loads(done.out)["refused"]
+    assert [fault["placements"] for fault in refused] == [[1], [0, 2]]
+
+
+def test_explain_a_set_of_mechanisms(regard_command, tiny_folder, clashing):
+    done = regard_command("explain", tiny_folder, "--with", "hoard", "--with", "saw_int4", "--with", "streaming_llm")
+    assert done.code == 0, done.err
+    lines = [line.split() for line in done.out.splitlines()[1:]]
+    assert [line[-1] for line in lines] == ["yes"] * 7
+    assert " ".join(lines[-1]) == "hoard + saw_int4 + streaming yes"
+    words = ("explain", tiny_folder, "--with", "hoard", "--with", "miser", "--with", "picky", "--with", "duo")
+    done = regard_command(*words)
+    assert done.code == 1
+    told = {tuple(a["mechanisms"]): a["reason"] for a in json.loads(regard_command(*words, "--json").out)}
+    assert told["duo",] is None
+    assert told["picky",] == "'picky' needs 7 layers, this model has 2"
+    assert all("both keep" in told[pair] for pair in (("hoard", "miser"), ("hoard", "duo"), ("miser", "duo")))
+    assert len(told) == 7
+    assert "'picky' needs 7 layers" in done.out
 
 
 def test_run(regard_command, tiny_folder, recipe):
@@ -88,6 +128,9 @@ def test_search_that_nothing_satisfies_exits_with_1(regard_command, tiny_folder,
     ("words", "said"),
     [
         (["explain", "MODEL", "--recipe", "absent.yaml"], "absent.yaml"),
+        (["explain", "MODEL"], "--recipe FILE, or mechanisms with --with STEM"),
+        (["explain", "MODEL", "--recipe", "RECIPE", "--with", "duo"], "--recipe FILE, or mechanisms"),
+        (["explain", "MODEL", "--with", "doo"], "Did you mean 'duo'"),
         (["explain", "./absent", "--recipe", "RECIPE"], "no folder './absent'"),
         (["explain", "MODEL", "--recipe", "RECIPE", "--dtype", "float31"], "Did you mean 'float32'"),
         (["explain", "MODEL", "--recipe", "RECIPE", "--device", "abacus"], "device 'abacus' cannot be used"),

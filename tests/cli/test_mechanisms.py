@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from families import FAMILIES
 from regard import catalog
+from regard.cli.mechanisms import families_text, support
 
 REGARD = Path(sys.executable).with_name("regard")
 
@@ -35,6 +37,7 @@ def test_show(name):
     assert done.returncode == 0, done.stderr
     for option in entry.card.options:
         assert option in done.stdout
+    assert "families" in done.stdout
     told = json.loads(regard("show", name, "--json").stdout)
     assert told["title"] == entry.card.title
     assert set(told["options"]) == set(entry.card.options)
@@ -55,3 +58,30 @@ def test_usage_errors_are_status_2(words):
 
 def test_help():
     assert regard("--help").returncode == 0
+
+
+def test_every_mechanism_was_tried_on_every_family():
+    for entry in catalog.entries().values():
+        assert set(support(entry)) == set(FAMILIES), "run `make docs`"
+
+
+def test_families_in_words():
+    assert families_text(None).startswith("not tried yet")
+    assert families_text({"llama": None, "gpt2": None}) == "all 2"
+    answers = {"llama": None, "gpt2": "no rotary positions", "gpt_neox": "one head", "opt": "no rotary positions"}
+    said = "1 of 4; refused by gpt2, opt: no rotary positions; refused by gpt_neox: one head"
+    assert families_text(answers) == said
+
+
+def test_show_imports_no_torch():
+    code = """
+import sys
+sys.argv = ["regard", "show", "duo"]
+from regard.cli.app import run
+try:
+    run()
+finally:
+    print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -139,7 +139,7 @@ def test_every_draw_is_legal():
 
 def test_the_most_sensitive_layers_are_spared():
     order = [5, 3, 1, 0, 2, 4]
-    fixed = {"keep": "none", "encode": "saw_int4", "use.streaming": False, "saw_int4.spare": 2}
+    fixed = {"use.duo": False, "use.saw_int4": True, "use.streaming": False, "saw_int4.spare": 2}
     fixed |= {"saw_int4.key_bits": 4, "saw_int4.value_bits": 4, "saw_int4.rotate_v": False}
     fixed |= {"saw_int4.key_bits.spared": 8, "saw_int4.value_bits.spared": 4}
     Draws.offered = {}
@@ -153,7 +153,7 @@ def test_the_most_sensitive_layers_are_spared():
 
 
 def test_neutral_settings_place_nothing():
-    fixed = {"keep": "none", "encode": "saw_int4", "use.streaming": False}
+    fixed = {"use.duo": False, "use.saw_int4": True, "use.streaming": False}
     fixed |= {"saw_int4.key_bits": 16, "saw_int4.value_bits": 16}
     Draws.offered = {}
     draw = Draws(random.Random(0))

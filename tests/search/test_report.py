@@ -171,6 +171,48 @@ def test_long_words_stay_inside(browser, study, tmp_path):
         page.close()
 
 
+def test_what_each_mechanism_brings(browser, study, tmp_path):
+    told = study.to_json()
+    row = next(r for r in told["rows"] if r["number"] == told["chosen"])
+    row["owes"] = {
+        "streaming": {"without": {}, "change": {"kl": -0.0102, "bytes": 0.41}, "pays": True},
+        "saw_int4": {"without": {}, "change": {"kl": -0.2, "bytes": 0.0}, "pays": False},
+        "duo": {"reason": "out of memory"},
+    }
+    (tmp_path / "owes.html").write_text(render(told))
+    page = browser.new_page(viewport={"width": 375, "height": 800})
+    page.goto((tmp_path / "owes.html").as_uri())
+    assert page.locator("[data-stem=streaming] td").all_inner_texts() == ["+0.0102", "\N{MINUS SIGN}41.0 %"]
+    assert [c.get_attribute("class") for c in page.locator("[data-stem=streaming] td").all()] == ["loss", "gain"]
+    assert page.locator("[data-stem=saw_int4] td").all_inner_texts() == ["+0.20", "±0.0 %"]
+    assert page.locator(".brings .tag").all_inner_texts() == ["does not pay"]
+    assert "does not pay" in page.locator("[data-stem=saw_int4]").inner_text()
+    assert "out of memory" in page.locator("[data-stem=duo]").inner_text()
+    assert page.locator("#detail").evaluate("e => e.scrollWidth - e.clientWidth") <= 0
+    page.close()
+
+
+def test_what_was_not_possible(browser, study, tmp_path):
+    told = study.to_json()
+    told["facts"] |= {
+        "left_out": {"locked": "it needs <another> model"},
+        "refused_pairs": [{"mechanisms": ["one", "other"], "reason": "both keep layer 0"}],
+        "refused_draws": [{"words": "one(n 1)", "reason": "not at 1"}, {"words": "one(n 2)", "reason": "nor at 2"}],
+    }
+    (tmp_path / "refused.html").write_text(render(told))
+    page = browser.new_page(viewport={"width": 375, "height": 800})
+    page.goto((tmp_path / "refused.html").as_uri())
+    assert page.locator("#refused summary").inner_text() == "1 left out, 1 pair refused, 2 draws refused"
+    assert not page.locator("#refused dd").first.is_visible()
+    page.locator("#refused summary").click()
+    assert page.locator("#refused dt").all_inner_texts() == ["locked", "one + other", "one(n 1)", "one(n 2)"]
+    assert page.locator("#refused dd").first.inner_text() == "it needs <another> model"
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    page.goto((study.folder / "report.html").as_uri())
+    assert not page.locator("#refused").is_visible()
+    page.close()
+
+
 def test_failed_trials_give_their_reason(page, study):
     row = next(r for r in study.rows if r.reason)
     page.locator(f".point[data-trial='{row.number}']").click()

@@ -7,13 +7,19 @@ from typing import Annotated, Any
 import typer
 
 from regard.cli.common import Device, Dtype, Model, RecipeFile, TextFile, open_model
-from regard.cli.output import Json, note, print_json
+from regard.cli.output import Json, note, print_json, print_table
 from regard.core.errors import RegardError
 
 Prompt = Annotated[str, typer.Option(help="What to say to the model.")]
 Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
 Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")]
+
+AnyRecipe = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe.yaml.", dir_okay=False)]
+With = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="STEM", help="Instead of a recipe: a mechanism at its defaults; repeat for more."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -64,18 +70,81 @@ def run(
     )
 
 
-def explain(model: Model, recipe: RecipeFile, device: Device = None, dtype: Dtype = None, json: Json = False) -> None:
-    """Say what would run in each layer of MODEL under a recipe."""
+def explain(
+    model: Model,
+    recipe: AnyRecipe = None,
+    mechanisms: With = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """Say what would run in each layer of MODEL under a recipe, or why it cannot.
+
+    With --with, say instead which mechanisms can stand on MODEL, alone, in pairs and all together; exits with 1 if
+    all together cannot.
+    """
     import regard
 
+    if (recipe is None) == (not mechanisms):
+        raise RegardError("name one recipe with --recipe FILE, or mechanisms with --with STEM")
+    if mechanisms:
+        _explain_mechanisms(model, mechanisms, device, dtype, json)
+        return
+    assert recipe is not None
     placed = regard.Recipe.load(recipe)
     network, _ = open_model(model, device, dtype)
+    _refuse(placed, network, json)
     with regard.attach(network, placed) as handle:
         said = handle.explain()
     if json:
         print_json({"recipe": placed.digest, "note": placed.note, "lines": said.splitlines()})
     else:
         print(said)
+
+
+def _refuse(recipe: Any, network: Any, json: bool) -> None:
+    """Say which placements cannot be served on the model, alone or together, and why.
+
+    Raises:
+        RegardError: there are some, or the recipe was made for a model of another shape.
+    """
+    from regard.adapters.families import open_decoder
+    from regard.recipes.legal import faults, told
+
+    decoder = open_decoder(network)
+    recipe.fits(decoder)
+    found = faults(recipe.placements, decoder)
+    if not found:
+        return
+    names = [f"{number} {told(place)}" for number, place in enumerate(recipe.placements)]
+    rows = [(" + ".join(names[n] for n in fault.placements), fault.reason) for fault in found]
+    if json:
+        refused = [{"placements": list(fault.placements), "reason": fault.reason} for fault in found]
+        print_json({"recipe": recipe.digest, "note": recipe.note, "refused": refused})
+    else:
+        print_table(("placement", "cannot be served because"), rows)
+    raise RegardError(
+        f"this recipe cannot be served on {type(network).__name__}: placement {rows[0][0]}: {rows[0][1]}"
+        + (f" (and {len(found) - 1} more)" if len(found) > 1 else "")
+    )
+
+
+def _explain_mechanisms(model: str, names: list[str], device: str | None, dtype: str | None, json: bool) -> None:
+    """Say which of the named mechanisms can stand on the model at their defaults, and which of them together."""
+    from regard import catalog
+    from regard.adapters.families import open_decoder
+    from regard.recipes.legal import together
+
+    entries = list({entry.stem: entry for entry in map(catalog.find, names)}.values())
+    network, _ = open_model(model, device, dtype)
+    answers = together(entries, open_decoder(network))
+    if json:
+        print_json([{"mechanisms": list(stems), "reason": reason} for stems, reason in answers.items()])
+    else:
+        rows = [(" + ".join(stems), reason is None, reason or "") for stems, reason in answers.items()]
+        print_table(("at their defaults", "can stand", "why not"), rows)
+    if any(answers.values()):
+        raise typer.Exit(1)
 
 
 def _with_text(path: Path | None, prompt: str) -> str:

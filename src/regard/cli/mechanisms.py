@@ -1,6 +1,10 @@
 """`regard list` and `regard show`: what mechanisms there are. Needs no model and does not import torch."""
 
+import json as json_
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.resources import files
 from typing import Annotated, Any
 
 import typer
@@ -34,11 +38,12 @@ def show_mechanism(
     stem: Annotated[str, typer.Argument(metavar="STEM", help="A mechanism, as `regard list` names it.")],
     json: Json = False,
 ) -> None:
-    """Show one mechanism's card and its options."""
+    """Show one mechanism's card, its options, and on which families of models it runs."""
     entry = catalog.find(stem)
     card = entry.card
     if json:
-        print_json({"stem": entry.stem, "site": entry.site, "verbs": entry.verbs, **asdict(card)})
+        told = {"stem": entry.stem, "site": entry.site, "verbs": entry.verbs, "families": support(entry)}
+        print_json({**told, **asdict(card)})
         return
     facts: dict[str, Any] = {
         entry.stem: card.title,
@@ -49,6 +54,7 @@ def show_mechanism(
         "saves": card.saving,
         "aliases": card.aliases,
         "neutral at": _options_text(card.neutral) if card.neutral is not None else None,
+        "families": families_text(support(entry)),
     }
     print_pairs(
         facts
@@ -59,6 +65,30 @@ def show_mechanism(
         print()
         rows = [(name, o.kind, _default(o), legal(o), o.doc) for name, o in card.options.items()]
         print_table(("option", "kind", "default", "legal values", "meaning"), rows)
+
+
+def support(entry: catalog.Entry) -> dict[str, str | None] | None:
+    """Family -> why the card's example is refused there, None if it runs; None for all: it was never tried.
+
+    `tools/map.py` tries them and writes the answers into the package.
+    """
+    known = json_.loads((files("regard") / "support.json").read_text(encoding="utf-8"))
+    return known.get(entry.name, known.get(entry.stem))
+
+
+def families_text(answers: Mapping[str, str | None] | None) -> str:
+    """On which families a mechanism runs, in words: `all 16`, or which refuse it and why."""
+    if answers is None:
+        return "not tried yet; `make docs` tries it on all"
+    refused = defaultdict(list)
+    for family, reason in answers.items():
+        if reason is not None:
+            refused[reason].append(family)
+    if not refused:
+        return f"all {len(answers)}"
+    able = len(answers) - sum(map(len, refused.values()))
+    parts = "; ".join(f"refused by {', '.join(names)}: {reason}" for reason, names in refused.items())
+    return f"{able} of {len(answers)}; {parts}"
 
 
 def legal(option: Option) -> str:

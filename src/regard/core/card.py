@@ -34,7 +34,8 @@ class Card:
     `neutral` holds the options under which the mechanism is bit-identical to the model's own attention
     (None: it has no such setting), `example` options small enough to show it at work on a short text (the
     contract tests run them). `oracles` says what the file was checked against. `whole_layers`
-    forbids a choice of heads, `whole_model` one of layers too.
+    forbids a choice of heads. `whole_model`: the mechanism decides over all layers at once, so that it is placed on all
+    of them and a search spares none.
     """
 
     title: str

@@ -24,7 +24,7 @@ FOREIGN, OWNERLESS = 3600.0, 60.0
 
 
 class Book:
-    """One study in one storage.
+    """One study in one storage. `exhausted`: `ask` stopped because it drew nothing new any more.
 
     Args:
         storage: an Optuna storage URL, or the path of an SQLite file.
@@ -37,6 +37,8 @@ class Book:
     Raises:
         RegardError: Optuna is missing, or the storage cannot be opened.
     """
+
+    exhausted = False
 
     def __init__(
         self,
@@ -121,19 +123,34 @@ class Book:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 trial = self.study.ask()
+                # First of all: should this process die now, others know that nobody works on it.
+                trial.set_user_attr("owner", _owner())
                 placements = self.space.suggest(trial)
             told = tell(placements)
-            ident = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
-            trial.set_user_attr("owner", {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())})
+            ident = name_of(told)
             trial.set_user_attr("placements", told)
             twin = self._twin(ident, trial.number)
             trial.set_user_attr("recipe", ident)
             if draws >= STALE_DRAWS:
                 self.study.sampler = self._sampler(self.seed + trial.number)
-            if twin is None:
+            if twin is not None:
+                self._repeat(trial, twin)
+            elif reason := self.space.refusal(placements):
+                self._refuse(trial, reason)
+            else:
                 return trial, placements
-            self._repeat(trial, twin)
+        self.exhausted = True
         return None
+
+    def _refuse(self, trial: Any, reason: str) -> None:
+        """Close a draw that the model cannot be given: it costs no trial, and its reason is kept."""
+        trial.set_user_attr("refused", True)
+        self.fail(trial, reason)
+
+    def refused(self) -> list[dict[str, Any]]:
+        """Draws that the model could not be given: their placements and why, by number."""
+        closed = [t.user_attrs for t in self.study.get_trials(deepcopy=False) if "refused" in t.user_attrs]
+        return [{"placements": a["placements"], "reason": a["reason"]} for a in closed if "reason" in a]
 
     def _twin(self, ident: str, number: int) -> Any:
         """An earlier trial of the same placements that was measured, failed, or is being measured."""
@@ -183,16 +200,16 @@ class Book:
         return trials
 
     def running(self, trials: Sequence[Any] | None = None) -> list[Any]:
-        """Trials under way in living processes, repeats and dense left out."""
+        """Trials under way in living processes; repeats, refused draws and dense left out."""
         known = list(trials or self.study.get_trials(deepcopy=False))
         under_way = [t for t in known if t.state.name == "RUNNING" and "same_as" not in t.user_attrs and _alive(t)]
-        return [t for t in under_way if t.user_attrs.get("placements") != []]
+        return [t for t in under_way if t.user_attrs.get("placements") != [] and "refused" not in t.user_attrs]
 
     def trials(self, trials: Sequence[Any] | None = None) -> list[Any]:
         """Every trial that was measured or failed on its own account, dense included, by number."""
         known = list(trials or self.study.get_trials(deepcopy=False))
         over = [t for t in known if t.state.name in ("COMPLETE", "FAIL") and not _interrupted(t)]
-        return [t for t in over if "same_as" not in t.user_attrs]
+        return [t for t in over if not {"same_as", "refused"} & set(t.user_attrs)]
 
     def finished(self, trials: Sequence[Any] | None = None) -> int:
         """How many of `trials` count against the budget: all but dense."""
@@ -205,6 +222,11 @@ class Book:
     def noted(self) -> dict[str, Any]:
         """Everything `note` kept."""
         return dict(self.study.user_attrs)
+
+
+def name_of(told: Sequence[Mapping[str, Any]]) -> str:
+    """A short name of placements as `tell` wrote them."""
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def storage_url(storage: str | Path) -> str:
@@ -223,6 +245,11 @@ def _violations(trial: Any) -> list[float]:
 def _interrupted(trial: Any) -> bool:
     """Whether a trial was given up: it failed and nobody gave a reason."""
     return trial.state.name == "FAIL" and "reason" not in trial.user_attrs
+
+
+def _owner() -> dict[str, Any]:
+    """This process, as other processes can tell whether it still lives."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "born": _born(os.getpid())}
 
 
 def _alive(trial: Any) -> bool:

@@ -14,11 +14,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regard.adapters.families import open_decoder
 from regard.catalog import Entry
+from regard.core.errors import RegardError
 from regard.core.placement import Placement
 from regard.measure.quality import dense, quality
 from regard.measure.text import windows
-from regard.search.space import bits, width
+from regard.recipes.legal import refusal, settings
+from regard.search.space import bits, sparing, width
 
 Progress = Callable[[str, int, int], None]
 # One window for the sensitivity of layers: long enough that a small recent window bites.
@@ -60,6 +63,7 @@ def calibrate(
     cache: Path | None = None,
     key: str = "",
     progress: Progress | None = None,
+    refuse: Callable[[str, str], None] | None = None,
 ) -> Calibration:
     """Fit and probe every mechanism of `entries` on `tokens [n]`; read from `cache` if it holds them.
 
@@ -71,6 +75,10 @@ def calibrate(
         cache: a `.safetensors` file, written after each mechanism.
         key: names model and text; a cache of another key is not read.
         progress: told the mechanism, steps done and steps in all.
+        refuse: told a mechanism that cannot be fitted to this model or probed on it, and why; None: that raises.
+
+    Raises:
+        RegardError: a mechanism cannot be fitted or probed, and there is no `refuse`.
     """
     report = progress or (lambda name, done, total: None)
     held = _load(cache, key)
@@ -78,11 +86,17 @@ def calibrate(
     for entry in entries:
         if entry.stem in tensors or entry.stem in sensitivity:
             continue
-        if fit := fitter(entry):
-            tensors[entry.stem] = fit(model, tokens, progress=_steps(report, f"fitting {entry.stem}"))
-        elif any(o.search for o in entry.card.options.values()):
-            sensitivity[entry.stem] = probe(model, tokens, entry, layers, report)
-        else:
+        try:
+            if fit := fitter(entry):
+                tensors[entry.stem] = fit(model, tokens, progress=_steps(report, f"fitting {entry.stem}"))
+            elif sparing(entry):
+                sensitivity[entry.stem] = probe(model, tokens, entry, layers, report)
+            else:
+                continue
+        except RegardError as error:
+            if refuse is None:
+                raise
+            refuse(entry.stem, str(error))
             continue
         _save(cache, key, Calibration(tensors, sensitivity))
     stems = {e.stem for e in entries}
@@ -113,6 +127,10 @@ def probe(model: Any, tokens: Tensor, entry: Entry, layers: int, report: Progres
         elif option.search and option.kind in ("int", "float"):
             numbers = [v for v in option.search if v is not None]
             options[name] = option.default if finest or not numbers else min(numbers)
+    decoder = open_decoder(model)
+    # What is coarsest may not be served on this model: then the first setting that is.
+    able = (o for o in (options, *settings(entry)) if not refusal([Placement(entry.stem, options=o)], decoder))
+    options = next(able, options)
     size = CONTEXT + CONTINUATION
     context = CONTEXT if len(tokens) >= size else max(1, len(tokens) - CONTINUATION)
     window = windows(tokens, context, min(CONTINUATION, len(tokens) - context), 1)

@@ -20,6 +20,7 @@ class Plan:
         repeats, steps: timing pairs of a trial that is timed, and tokens decoded in each.
         final_length, final_windows, final_repeats, final_members: total tokens, windows and timing pairs
             at the final length, and how many rows are measured there.
+        attributions: how many recipes less one mechanism a run measures, to say what each mechanism brings.
         facts: facts planted to measure recall. calibration_tokens: kept for fitting, at least.
         sampler: `tpe` or `nsga2`. seed: of everything random.
     """
@@ -38,6 +39,7 @@ class Plan:
     final_windows: int = 2
     final_repeats: int = 2
     final_members: int = 4
+    attributions: int = 12
     facts: int = 6
     calibration_tokens: int = 1024
     sampler: str = "tpe"
@@ -45,8 +47,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         least = {"trials": 1, "context": 1, "continuation": 2, "windows": 1, "chunk": 1, "repeats": 1, "steps": 1}
-        least |= {"final_windows": 1, "final_repeats": 1, "final_members": 0, "facts": 0, "calibration_tokens": 2}
-        least |= {"final_length": self.continuation + 1}
+        least |= {"final_windows": 1, "final_repeats": 1, "final_members": 0, "attributions": 0, "facts": 0}
+        least |= {"calibration_tokens": 2, "final_length": self.continuation + 1}
         for name, low in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < low:
@@ -74,6 +76,6 @@ class Plan:
 
     def fixed(self) -> dict[str, Any]:
         """What a resumed study must agree on: all but budgets, and what is done after the trials."""
-        free = {"trials", "seconds", "final_members", "seed", "sampler"}
+        free = {"trials", "seconds", "final_members", "attributions", "seed", "sampler"}
         told = {k: v for k, v in asdict(self).items() if k not in free}
         return told | {"constraints": [str(c) for c in self.constraints]}

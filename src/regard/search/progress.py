@@ -9,6 +9,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from regard.search import attribution
 from regard.search.results import Row, Study
 from regard.search.space import words
 
@@ -66,7 +67,8 @@ class Table:
     """The fronts for the terminal: first what was measured again, then the rest of the front of the trials.
 
     Marks say which row is chosen and which are on the front at the final length. A terminal wide enough has
-    what a row is beside its figures, any other below them; one too narrow for all figures drops the last.
+    what a row is beside its figures, any other below them; one too narrow for all figures drops the last. Below
+    a row of several mechanisms stands what it owes to each.
     """
 
     def __init__(self, study: Study):
@@ -120,13 +122,14 @@ class Table:
                 yield Text(f"not measured again, on the front at {self.length:,}:", "dim")
             for row in group:
                 figured = line(self.cells(row), "green" if row.number == self.chosen else "")
-                if beside:
-                    yield figured.append("  " + said[row.number], "dim")
-                else:
-                    yield figured
-                    margin = " " * (widths[0] + 4)
-                    for part in Text(said[row.number]).wrap(console, max(20, options.max_width - len(margin))):
-                        yield Text(margin + part.plain.rstrip(), "dim")
+                yield figured.append("  " + said[row.number], "dim") if beside else figured
+                below = [] if beside else [said[row.number]]
+                below += [f"owes: {attribution.words(row.owes)}"] if row.owes else []
+                margin = " " * (figures_wide + 2 if beside else widths[0] + 4)
+                for part in (
+                    p for text in below for p in Text(text).wrap(console, max(20, options.max_width - len(margin)))
+                ):
+                    yield Text(margin + part.plain.rstrip(), "dim")
         marks = "* chosen" if self.chosen is not None else ""
         if self.final_length:
             marks += f"{'; * and o' if marks else 'o'}: on the front at {self.final_length:,} tokens, other text"

@@ -32,6 +32,7 @@ class Row:
         measurement: what was measured at the trial's length, as JSON; None if it failed.
         seconds: wall seconds the trial took.
         final: what was measured again at the final length, as JSON; None if it was not.
+        owes: for a member of the final front, what it owes to each mechanism (`attribution.owes`).
     """
 
     number: int
@@ -40,6 +41,7 @@ class Row:
     measurement: Mapping[str, Any] | None
     seconds: float
     final: Mapping[str, Any] | None = None
+    owes: Mapping[str, Any] | None = None
 
     @property
     def scores(self) -> dict[str, float]:

@@ -1,18 +1,20 @@
 """The space a search draws from: built from the cards, and holding only placements that are legal together.
 
-Every mechanism brings its card's `search` values. A mechanism that was not fitted also chooses how many
-of its most sensitive layers to *spare*: a `keep` or `allow` leaves them alone, an `encode` gives them
-more bits (options whose names end in `bits`; larger is gentler).
+Every mechanism brings its card's `search` values. One that layers can be spared (`sparing`) also chooses how many
+of the most sensitive to *spare*: they do not carry it, or carry it with more bits where it has options whose names
+end in `bits` (larger is gentler). What may stand together is not known here but asked of `recipes.legal`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from regard.catalog import Entry
 from regard.core.placement import Indices, Placement
+from regard.recipes.legal import Legality, neutral
 
 NONE = "none"
 
@@ -34,34 +36,47 @@ class Space:
         layers: the model's layers `L`.
         order: for a stem, layer indices from most to least sensitive (missing: 0 to L - 1).
         tensors: for a fitted stem, its trained tensors.
+        legal: which mechanisms can stand together on the model.
     """
 
     entries: tuple[Entry, ...]
     layers: int
     order: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    legal: Legality = field(default_factory=Legality)
+
+    @cached_property
+    def groups(self) -> list[list[Entry]]:
+        """The mechanisms, those together no two of which can stand together: one draw decides among them."""
+        found: list[list[Entry]] = []
+        for entry in self.entries:
+            rivals = (g for g in found if all(self.legal.clash(entry.stem, other.stem) for other in g))
+            if group := next(rivals, None):
+                group.append(entry)
+            else:
+                found.append([entry])
+        return found
 
     def suggest(self, trial: Trial) -> list[Placement]:
-        """Draw one set of placements; the same draws give equal placements in equal order."""
+        """Draw one set of placements; the same draws give equal placements in equal order.
+
+        A mechanism is only offered beside those with which it can stand. What no pair shows (three together, or
+        some values of their options) may still be refused: see `refusal`.
+        """
         placed: list[Placement] = []
-        kept = None
-        # At most one `keep` and one `encode` a head: one draw for each. Masks intersect: each on its own.
-        for verb in ("keep", "encode"):
-            rivals = [e for e in self.entries if verb in e.verbs]
-            if rivals:
-                stem = trial.suggest_categorical(verb, (NONE, *(e.stem for e in rivals)))
-                chosen = next((e for e in rivals if e.stem == stem), None)
-                if verb == "encode" and kept is not None and "encode" in kept.verbs:
-                    chosen = None  # it encodes already
-                if chosen is not None:
-                    placed += self._place(trial, chosen)
-                if verb == "keep":
-                    kept = chosen
-        for entry in self.entries:
-            if not {"keep", "encode"} & set(entry.verbs):
-                used = trial.suggest_categorical(f"use.{entry.stem}", (False, True))
-                placed += self._place(trial, entry) if used else []
+        drawn: list[str] = []
+        for group in self.groups:
+            offered = [entry for entry in group if self.legal.allows(entry.stem, drawn)]
+            chosen = _choose(trial, offered)
+            made = self._place(trial, chosen) if chosen is not None else []
+            if made:
+                placed += made
+                drawn.append(made[0].stem)
         return placed
+
+    def refusal(self, placements: Sequence[Placement]) -> str | None:
+        """Why the model cannot be given these placements; None if it can."""
+        return self.legal.refusal(placements)
 
     def _place(self, trial: Trial, entry: Entry) -> list[Placement]:
         """Draw the options and layers of one mechanism."""
@@ -72,11 +87,10 @@ class Space:
             if option.search
         }
         tensors = dict(self.tensors.get(stem, {}))
-        neutral = entry.card.neutral
-        if neutral is not None and all(options.get(k, entry.card.options[k].default) == v for k, v in neutral.items()):
+        if neutral(entry, options):
             return []  # the model's own attention, whatever the other options say
         spare = 0
-        if not tensors:
+        if sparing(entry):
             spare = trial.suggest_categorical(f"{stem}.spare", self.spares(entry))
         if not spare:
             return [Placement(stem, "all", "all", options, tensors)]
@@ -98,26 +112,39 @@ class Space:
         sixths = range(5) if bits(entry) else range(4)
         return tuple(dict.fromkeys(round(self.layers * n / 6) for n in sixths))
 
-    def starts(self) -> list[dict[str, Any]]:
-        """Draws worth trying first: nothing at all (dense), each mechanism on its own, then pairs."""
-        base = {verb: NONE for verb in ("keep", "encode") if any(verb in e.verbs for e in self.entries)}
-        base |= {f"use.{e.stem}": False for e in self.entries if not {"keep", "encode"} & set(e.verbs)}
-        alone = [draw for entry in self.entries for draw in self._starts(entry)]
-        keeps = [d for d in alone if "encode" not in d]
-        encodes = [d for d in alone if "encode" in d]
-        pairs = [a | b for a in keeps[:2] for b in encodes[-1:]]
-        return [base, *(base | draw for draw in [*encodes, *keeps, *pairs])]
+    def starts(self, most: int | None = None) -> list[dict[str, Any]]:
+        """Draws worth trying first, `most` at most: nothing at all (dense), each mechanism, then more of each, pairs.
+
+        Those that have bits to choose come first. What the model refuses is left out.
+        """
+        ranked = sorted(self.entries, key=lambda e: not bits(e))
+        alone = {e.stem: self._starts(e) for e in ranked}
+        firsts = [({stem}, wanted[0]) for stem, wanted in alone.items()]
+        finer = [({e.stem}, more) for e in ranked if bits(e) for more in alone[e.stem][1:]]
+        others = [({e.stem}, more) for e in ranked if not bits(e) for more in alone[e.stem][1:]]
+        pairs = [
+            ({one.stem, other.stem}, alone[one.stem][-1] | alone[other.stem][0])
+            for one in ranked
+            if bits(one)
+            for other in ranked
+            if not bits(other) and not self.legal.clash(one.stem, other.stem)
+        ]
+        found: list[dict[str, Any]] = []
+        for stems, wanted in [(set(), {}), *firsts, *finer, *pairs, *others]:
+            script = _Script(stems, wanted)
+            if self.refusal(self.suggest(script)) is None and script.params not in found:
+                found.append(script.params)
+        return found[:most]
 
     def _starts(self, entry: Entry) -> list[dict[str, Any]]:
-        """First draws of one mechanism: few bits everywhere, then more on a third, half, two thirds of the layers."""
+        """First values of one mechanism: few bits everywhere, then more on a third, half, two thirds of the layers."""
         stem, finest = entry.stem, bits(entry)
-        verb = next((v for v in ("keep", "encode") if v in entry.verbs), None)
-        draw: dict[str, Any] = {verb: stem} if verb else {f"use.{stem}": True}
+        draw: dict[str, Any] = {}
         for name, option in entry.card.options.items():
             if option.search:
                 usual = option.default if option.default in option.search else option.search[len(option.search) // 2]
                 draw[f"{stem}.{name}"] = min(option.search, key=width) if name in finest else usual
-        if stem in self.tensors:
+        if not sparing(entry):
             return [draw]
         counts = (
             (0, round(self.layers / 3), round(self.layers / 2), round(self.layers * 2 / 3))
@@ -146,10 +173,52 @@ class Space:
         }
 
 
+class _Script:
+    """A trial that takes `stems` and the values `wanted`, the first choice of all else, and remembers what it took."""
+
+    def __init__(self, stems: Collection[str], wanted: Mapping[str, Any]):
+        self.stems, self.wanted, self.params = stems, wanted, dict[str, Any]()
+
+    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
+        """One of `choices`."""
+        if name.startswith(_USE):
+            value: Any = name.removeprefix(_USE) in self.stems
+        elif name.startswith(_ONE_OF):
+            value = next((stem for stem in choices if stem in self.stems), NONE)
+        else:
+            value = self.wanted.get(name, choices[0])
+        self.params[name] = value
+        return value
+
+
+# Names of draws: whether to use the only mechanism offered, or which of several.
+_USE, _ONE_OF = "use.", "one of "
+
+
+def _choose(trial: Trial, offered: Sequence[Entry]) -> Entry | None:
+    """Draw one of the mechanisms offered, or none.
+
+    A sampler keeps the choices of a name for good, so the name says what is offered.
+    """
+    if len(offered) <= 1:
+        return next((e for e in offered if trial.suggest_categorical(_USE + e.stem, (False, True))), None)
+    stems = [entry.stem for entry in offered]
+    drawn = trial.suggest_categorical(_ONE_OF + ", ".join(stems), (NONE, *stems))
+    return next((entry for entry in offered if entry.stem == drawn), None)
+
+
+def sparing(entry: Entry) -> bool:
+    """Whether some layers may be spared `entry`: it saves something, changes something, and is not one decision.
+
+    What is fitted, or decides over the whole model, has chosen its layers already.
+    """
+    card = entry.card
+    fitted = any(option.kind == "tensor" for option in card.options.values())
+    return card.saving != "none" and not card.exact and not card.whole_model and not fitted
+
+
 def bits(entry: Entry) -> list[str]:
-    """Searched options of an `encode` whose names end in `bits`, in the card's order."""
-    if "encode" not in entry.verbs:
-        return []
+    """Searched options whose names end in `bits`, in the card's order."""
     return [name for name, o in entry.card.options.items() if name.endswith("bits") and len(o.search) > 1]
 
 

@@ -15,19 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.adapters.families import open_decoder
 from regard.catalog import Entry, entries, find
 from regard.core.errors import RegardError
 from regard.measure import text as text_
 from regard.measure.measure import SCORES, Measurement
-from regard.search import facts
-from regard.search.book import Book
+from regard.recipes.legal import Legality, judge
+from regard.search import attribution, facts
+from regard.search.book import Book, name_of
 from regard.search.calibration import Calibration, calibrate, fitter
 from regard.search.picture import holdings
 from regard.search.plan import Plan
 from regard.search.progress import Screen, Table, figures
 from regard.search.results import Row, Study, members
 from regard.search.scorer import Measures, Scorer, cut
-from regard.search.space import Space
+from regard.search.space import Space, read, words
 
 # Tokens that fits see at most: more would cost minutes and change little.
 FIT_TOKENS = 32_768
@@ -57,7 +59,7 @@ def search(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
-        mechanisms: names to search over; None: all that save something, if they are fitted here or need not be.
+        mechanisms: names to search over; None: all that save something, can stand here and can be fitted here.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
         constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
         trials: in all processes together, dense not counted.
@@ -71,7 +73,7 @@ def search(
         **settings: any other field of `Plan`.
 
     Raises:
-        RegardError: text too short, an unknown name, or a study begun with another model, text or settings.
+        RegardError: text too short; a named mechanism unknown or impossible here; a study of other settings.
     """
     plan = Plan.of(objectives=objectives, constraints=constraints, trials=trials, seconds=seconds, **settings)
     folder = Path(out) if out is not None else None
@@ -83,11 +85,13 @@ def search(
     run = _Search(model, plan, folder, progress)
     run.measure = measure or Scorer(model, tokenizer, parts, plan)
     run.told = {"model": facts.model_facts(model), "text": facts.text_digest(tokens), "tokens": len(tokens)}
+    chosen = run.judge(chosen, named=mechanisms is not None, tensors=calibration.tensors if calibration else {})
     try:
-        run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen)
+        run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen, mechanisms is not None)
         run.open(storage, study_name, chosen)
         run.trials()
         run.finals()
+        run.attribute()
     except KeyboardInterrupt:
         run.interrupt()
     return run.result()
@@ -103,11 +107,36 @@ class _Search:
     interrupted = False
 
     def __init__(self, model: Any, plan: Plan, folder: Path | None, progress: bool):
-        self.model, self.plan, self.folder, self.shape = model, plan, folder, _shape(model)
+        self.model, self.plan, self.folder = model, plan, folder
+        self.decoder = open_decoder(model)
+        self.shape = {name: getattr(self.decoder, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
+        self.legal = Legality()
         self.screen = Screen(progress, self.shape["layers"])
 
-    def calibrate(self, tokens: Tensor, chosen: Sequence[Entry]) -> Calibration:
-        """Fit and probe, with a bar; cached in the folder."""
+    def judge(self, chosen: Sequence[Entry], *, named: bool, tensors: Any) -> list[Entry]:
+        """The entries that can stand on the model; which of them can stand together is kept.
+
+        Raises:
+            RegardError: one that was `named` cannot, or none can that has something to search.
+        """
+        self.legal = judge(chosen, self.decoder, tensors)
+        for stem, reason in self.legal.alone.items():
+            if named:
+                raise RegardError(f"{stem!r} cannot stand on this model: {reason}")
+        able = [entry for entry in chosen if self.legal.allows(entry.stem)]
+        _searchable(able, "; ".join(self.legal.alone.values()))
+        return able
+
+    def calibrate(self, tokens: Tensor, chosen: Sequence[Entry], named: bool) -> Calibration:
+        """Fit and probe, with a bar; cached in the folder. What cannot be is left out, unless it was `named`.
+
+        Raises:
+            RegardError: one that was named cannot be fitted or probed.
+        """
+
+        def refuse(stem: str, reason: str) -> None:
+            self.legal = dataclasses.replace(self.legal, alone={**self.legal.alone, stem: reason})
+
         cache = self.folder / "calibration.safetensors" if self.folder else None
         key = f"{self.told['model']['digest']} {facts.text_digest(tokens)}"
         with self.screen.phase("calibrating", None) as bar:
@@ -119,16 +148,25 @@ class _Search:
                 cache=cache,
                 key=key,
                 progress=lambda name, done, total: bar.at(done, total, name),
+                refuse=None if named else refuse,
             )
 
     def open(self, storage: str | Path, name: str, chosen: Sequence[Entry]) -> None:
-        """Open or continue the study."""
-        space = Space(tuple(chosen), self.shape["layers"], self.calibration.order(), self.calibration.tensors)
+        """Open or continue the study.
+
+        Raises:
+            RegardError: it was begun under other settings, or calibration left nothing to search.
+        """
+        chosen = [entry for entry in chosen if self.legal.allows(entry.stem)]
+        _searchable(chosen, "; ".join(self.legal.alone.values()))
+        known = self.calibration
+        space = Space(tuple(chosen), self.shape["layers"], known.order(), known.tensors, self.legal)
         larger = [SCORES[o][1] for o in self.plan.objectives]
         self.book = Book(storage, name, space, larger, seed=self.plan.seed, sampler=self.plan.sampler)
         told = {"model": self.told["model"]["digest"], "text": self.told["text"], "plan": self.plan.fixed()}
         self.book.agree({**told, "space": space.describe(), "calibration": self.calibration.digest})
-        self.book.begin_with(space.starts())
+        # Half of the budget for what is worth trying anyway; the sampler has the rest.
+        self.book.begin_with(space.starts(1 + max(2, self.plan.trials // 2)))
 
     def trials(self) -> None:
         """Draw and measure until the budget is spent."""
@@ -138,14 +176,19 @@ class _Search:
             bar.at(book.finished())
             while self.plan.seconds is None or time.monotonic() - began < self.plan.seconds:
                 drawn = book.ask(self.plan.trials)
-                if drawn is None:
+                if drawn is not None:
+                    self.trial(*drawn)
+                    bar.at(book.finished(), note=self._best())
+                elif self.plan.seconds is not None or not self.wait():
                     break
-                self.trial(*drawn)
-                bar.at(book.finished(), note=self._best())
-            # Others may still be measuring; the front needs their trials too.
-            while self.plan.seconds is None and book.running():
-                book.sweep()
-                time.sleep(0.5)
+
+    def wait(self) -> bool:
+        """Let others end their trials, which the front needs; whether one gave up, and left room for another."""
+        assert self.book is not None
+        while self.book.running():
+            self.book.sweep()
+            time.sleep(0.5)
+        return not self.book.exhausted and self.book.finished() < self.plan.trials
 
     def trial(self, trial: Any, placements: Sequence[Any]) -> None:
         """Measure one draw and record it, whatever happens."""
@@ -201,6 +244,29 @@ class _Search:
                 if control is not None:
                     self.book.note("control", dataclasses.asdict(control))
 
+    def attribute(self) -> None:
+        """Measure the final front's recipes less one mechanism each; those already noted are kept."""
+        assert self.book is not None
+        wanted = list(attribution.missing(self.study(), self._variants(), self.plan.attributions))
+        if not wanted:
+            return
+        with self.screen.phase("less one mechanism", len(wanted)) as bar:
+            for done, (name, placements) in enumerate(wanted):
+                bar.at(done)
+                try:
+                    told: dict[str, Any] = self.measured(
+                        read(placements, self.calibration.tensors), final=False
+                    ).to_json()
+                except Exception as error:
+                    told = {"reason": _reason(error)}
+                    gc.collect()
+                self.book.note(f"variant:{name}", told)
+
+    def _variants(self) -> dict[str, Any]:
+        """What was measured less one mechanism, by the name of its placements."""
+        assert self.book is not None
+        return {k.partition(":")[2]: v for k, v in self.book.noted().items() if k.startswith("variant:")}
+
     def interrupt(self) -> None:
         """Say that finished trials are kept; before there are any, let the interruption through."""
         if self.book is None:
@@ -255,13 +321,18 @@ class _Search:
             "failed_finals": {
                 k.partition(":")[2]: v["reason"] for k, v in noted.items() if k.startswith("final:") and "reason" in v
             },
+            **self.legal.to_json(),
+            "refused_draws": [
+                {"words": words(r["placements"], self.shape["layers"]), "reason": r["reason"]}
+                for r in self.book.refused()
+            ],
         }
-        study = self.study(facts=told, control=noted.get("control"))
+        study = self.explained(self.study(facts=told, control=noted.get("control")))
         pictures = {}
         for row in study.rows:
             if row.measurement is not None:
                 pictures[row.number] = holdings(self.model, study.placements(row))
-        study = self.study(facts=told, control=noted.get("control"), picture=pictures)
+        study = dataclasses.replace(study, picture=pictures)
         if self.folder is not None:
             study = study.write(self.folder)
         self.screen.console.print(Table(study))
@@ -270,6 +341,16 @@ class _Search:
         elif self.folder is not None:
             self.screen.console.print(f"wrote {self.folder / 'recipe.yaml'} and {self.folder / 'report.html'}")
         return study
+
+    def explained(self, study: Study) -> Study:
+        """`study` with what each member of the final front owes to its mechanisms."""
+        measured = {name_of(r.placements): r.measurement for r in study.rows if r.measurement} | self._variants()
+        explained = {r.number for r in attribution.members(study)}
+        rows = (
+            dataclasses.replace(r, owes=attribution.owes(r, measured, study.criteria)) if r.number in explained else r
+            for r in study.rows
+        )
+        return dataclasses.replace(study, rows=tuple(rows))
 
     def _best(self) -> str:
         study = self.study()
@@ -291,9 +372,18 @@ def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
                 raise RegardError(f"{entry.stem!r} must be fitted, and there is no regard/calibrate/{entry.stem}.py")
     else:
         chosen = [e for e in entries().values() if e.card.saving != "none" and not _unfitted(e)]
-    if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
-        raise RegardError("nothing to search: no mechanism given has options with values to search")
+    _searchable(chosen)
     return chosen
+
+
+def _searchable(chosen: Sequence[Entry], why: str = "no mechanism given has options with values to search") -> None:
+    """Raise if there is nothing to vary.
+
+    Raises:
+        RegardError: no mechanism has values to search, and `why`.
+    """
+    if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
+        raise RegardError(f"nothing to search: {why}")
 
 
 def _unfitted(entry: Entry) -> bool:
@@ -304,13 +394,6 @@ def _tokens(tokenizer: Any, text: str | Path | Tensor) -> Tensor:
     if not isinstance(text, (str, Path)):
         return torch.as_tensor(text, dtype=torch.int64).flatten()
     return text_.tokenise(tokenizer, text_.load(text) if isinstance(text, Path) else text)
-
-
-def _shape(model: Any) -> dict[str, int]:
-    from regard.adapters.families import open_decoder
-
-    decoder = open_decoder(model)
-    return {name: getattr(decoder, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
 
 
 def _reason(error: Exception) -> str:

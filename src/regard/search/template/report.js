@@ -267,6 +267,24 @@ function spreadOf(told, name) {
   const t = told && told.seconds && told.seconds[name];
   return t ? `${t.ratio.low.toFixed(2)} to ${t.ratio.high.toFixed(2)}` : null;
 }
+/* What a score gains or loses by a mechanism: shares in points of a hundred, ratios and KL as they are. */
+function gain(name, v) {
+  const sign = v > 0 ? "+" : v < 0 ? "−" : "±", size = Math.abs(v);
+  return sign + (share(name) ? (size * 100).toFixed(1) + " %" : ["prefill", "decode", "perplexity"].includes(name) ? size.toFixed(2) + "×" : size < 0.00005 ? "0" : size.toFixed(size < 0.1 ? 4 : 2));
+}
+function brings(r) {
+  const names = criteria.filter((n) => Object.values(r.owes).some((o) => o.change && o.change[n] !== undefined));
+  const most = Object.fromEntries(names.map((n) => [n, Math.max(...Object.values(r.owes).map((o) => Math.abs((o.change || {})[n] || 0)))]));
+  const cell = (o, n) => {
+    const v = -o.change[n], good = v === 0 ? "" : (v > 0) === S.scores[n].larger ? "gain" : "loss", wide = most[n] ? Math.abs(v) / most[n] * 50 : 0;
+    return h("td", { class: good }, gain(n, v), h("i", { class: "swing", "aria-hidden": "true" }, h("b", { style: `width:${wide}%;${v < 0 ? "right" : "left"}:50%` })));
+  };
+  const line = ([stem, o]) => h("tr", { "data-stem": stem }, h("th", { scope: "row" }, stem, o.pays === false ? h("span", { class: "tag bad" }, "does not pay") : null),
+    o.reason ? h("td", { colspan: names.length || 1, class: "lost" }, `the rest could not be measured: ${o.reason}`) : names.map((n) => cell(o, n)));
+  const idle = Object.entries(r.owes).filter(([, o]) => o.pays === false).map(([stem]) => stem);
+  const said = `Changes by each mechanism: this recipe against the same less that one, at ${count(trialLength)} tokens.` + (idle.length ? ` Without ${idle.join(" or without ")} it would be at least as good in everything asked for.` : "");
+  return [h("h4", {}, "What each mechanism brings"), h("table", { class: "brings" }, h("thead", {}, h("tr", {}, h("th", {}), names.map((n) => h("th", { scope: "col" }, NAMES[n])))), h("tbody", {}, Object.entries(r.owes).map(line))), h("p", { class: "note small" }, said)];
+}
 function detail() {
   const r = selected, box = $("detail");
   if (!r) return;
@@ -281,6 +299,7 @@ function detail() {
     kids.push(h("table", {}, h("thead", {}, h("tr", {}, h("th", {}), cols.map((told) => h("th", { scope: "col" }, `at ${count(told.length)}`)))), h("tbody", {}, names.map(line))));
     const windows = (r.final || r.measurement).quality.windows;
     if (windows.length > 1 && !r.dense) kids.push(h("p", { class: "note", style: "margin:12px 0 0;font-size:13px" }, "Windows: " + windows.map((w) => `KL ${show("kl", w.kl)} (last half ${show("kl", w.kl_last_half)}) at token ${count(w.start)}`).join("; ") + "."));
+    if (r.owes) kids.push(...brings(r));
     if ((r.front || r.final) && !r.dense) kids.push(h("code", {}, `regard run MODEL --recipe ${r === chosen ? "recipe.yaml" : `front/trial-${String(r.number).padStart(3, "0")}.yaml`}`));
   }
   box.replaceChildren(...kids);
@@ -373,6 +392,20 @@ function how() {
   ]));
 }
 
+/* ---- what was not tried ---------------------------------------------------------------------- */
+function refused() {
+  const f = S.facts || {}, alone = Object.entries(f.left_out || {}), pairs = f.refused_pairs || [], draws = f.refused_draws || [], box = $("refused");
+  const group = (name, items) => (items.length ? [h("h3", {}, name), h("dl", { class: "reasons" }, items.map(([what, why]) => [h("dt", {}, what), h("dd", {}, why)]))] : null);
+  const parts = [
+    group("Left out: cannot stand on this model", alone),
+    group("Not tried together: two that cannot stand on one model", pairs.map((p) => [p.mechanisms.join(" + "), p.reason])),
+    group("Drawn and refused before they were measured; no trial was spent", draws.map((d) => [d.words, d.reason])),
+  ].filter(Boolean);
+  const total = [[alone.length, "left out"], [pairs.length, pairs.length === 1 ? "pair refused" : "pairs refused"], [draws.length, draws.length === 1 ? "draw refused" : "draws refused"]];
+  if (!parts.length) { box.parentElement.hidden = true; return; }
+  box.append(h("details", {}, h("summary", {}, total.filter((t) => t[0]).map((t) => t.join(" ")).join(", ")), parts));
+}
+
 /* ---- putting it together -------------------------------------------------------------------- */
 function select(r) {
   selected = r;
@@ -391,7 +424,7 @@ function start() {
   if (!finalLength) $("show-final").parentElement.hidden = true;
   const asked = /^#trial-(\d+)$/.exec(location.hash);
   if (asked && byNumber.has(+asked[1])) selected = byNumber.get(+asked[1]);
-  headline(); verdict(); chart(); detail(); picture(); trials(); how();
+  headline(); verdict(); chart(); detail(); picture(); trials(); refused(); how();
   let width = innerWidth;
   addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; chart(); picture(); } });
 }
