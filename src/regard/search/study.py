@@ -21,7 +21,7 @@ from regard.measure import text as text_
 from regard.measure.measure import SCORES, Measurement
 from regard.search import facts
 from regard.search.book import Book
-from regard.search.calibration import Calibration, calibrate, fitter
+from regard.search.calibration import Calibration, calibrate, unfittable
 from regard.search.picture import holdings
 from regard.search.plan import Plan
 from regard.search.progress import Screen, Table, figures
@@ -287,17 +287,13 @@ def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
     if written is not None:
         chosen = [name if isinstance(name, Entry) else find(name) for name in written]
         for entry in chosen:
-            if _unfitted(entry):
-                raise RegardError(f"{entry.stem!r} must be fitted, and there is no regard/calibrate/{entry.stem}.py")
+            if why := unfittable(entry):
+                raise RegardError(why)
     else:
-        chosen = [e for e in entries().values() if e.card.saving != "none" and not _unfitted(e)]
+        chosen = [e for e in entries().values() if e.card.saving != "none" and unfittable(e) is None]
     if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
         raise RegardError("nothing to search: no mechanism given has options with values to search")
     return chosen
-
-
-def _unfitted(entry: Entry) -> bool:
-    return any(o.kind == "tensor" for o in entry.card.options.values()) and fitter(entry) is None
 
 
 def _tokens(tokenizer: Any, text: str | Path | Tensor) -> Tensor:
