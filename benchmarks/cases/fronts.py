@@ -28,7 +28,7 @@ def run(seeds: int = 3, trials: int = 16) -> tuple[dict[str, Any], list[dict[str
     """Fronts of every mechanism and of all, for each seed; `trials` a mechanism."""
     model, tokenizer = pretrained.load("demo", device="cuda" if torch.cuda.is_available() else "cpu")
     tokens = text.tokenise(tokenizer, pretrained.demo_text())
-    chosen = default_mechanisms(model, ("kl", "bytes"))
+    chosen = default_mechanisms(("kl", "bytes"))
     known = calibrate(model, tokens[:32_768], chosen, model.config.num_hidden_layers)
     told = facts.machine(model) | {"model": facts.model_facts(model), "text": facts.text_digest(tokens)}
     told |= {"mechanisms": [e.stem for e in chosen], "trials a mechanism": trials, "seeds": seeds}

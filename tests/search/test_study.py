@@ -193,6 +193,22 @@ def test_calibration_is_cached_by_model_and_text(tmp_path, monkeypatch):
     assert calibrate(MODEL, tokens, entries, 6, cache=path, key="b").sensitivity["saw_int4"][0] == 7.0
 
 
+def test_a_mechanism_fitted_on_text_is_fitted_and_placed(tmp_path):
+    # Letters enough for the two windows of 512 that its fit needs.
+    given = {"mechanisms": ["selective"], "calibration": None, "calibration_tokens": 1024, "constraints": ()}
+    study = search(MODEL, Letters(), TEXT.repeat(2), out=tmp_path, measure=Fake(), trials=2, progress=False,
+                   **SMALL | given)  # fmt: skip
+    placed = [place for row in study.rows for place in row.placements]
+    assert {place["mechanism"] for place in placed} == {"selective"}
+    assert set(study.tensors["selective"]) == {"betas", "query_map", "value_map"}
+
+
+def test_a_mechanism_fitted_on_more_than_text_is_refused_by_name():
+    needs = "'soft_injection' is fitted on prompts, queries, targets, and a search has only text; fit it with regard"
+    with pytest.raises(RegardError, match=needs):
+        search(MODEL, Letters(), TEXT, mechanisms=["saw_int4", "soft_injection"], out=None, storage="sqlite://")
+
+
 CHILD = """
 import sys
 from search.fakes import CALIBRATION, SMALL, Fake, Letters, tiny_model, tiny_text

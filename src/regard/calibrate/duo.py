@@ -5,20 +5,16 @@ streaming attention; only the gates learn. The text is real, with passkeys hidde
 asks for, so that heads which fetch from afar show.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
 from regard.adapters.intercept import intercept
 from regard.adapters.seam import Call
+from regard.calibrate.common import Progress, frozen
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.ops.attention import attend
 from regard.ops.cache.duo import blend, distillation_loss, learning_rate
-
-Progress = Callable[[int, int], None]
 
 
 def fit(
@@ -62,7 +58,7 @@ def fit(
     drawn = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     teacher = _Blend(Pattern.sink(sink) | Pattern.window(recent))
-    with _frozen(model), intercept(model, teacher.run) as decoder:
+    with frozen(model), intercept(model, teacher.run) as decoder:
         gates = torch.ones(decoder.layers, decoder.kv_heads, requires_grad=True)
         optimiser = torch.optim.AdamW([gates], lr=rate, weight_decay=0.0)
         for step in range(steps):
@@ -78,19 +74,6 @@ def fit(
             if progress is not None:
                 progress(step + 1, steps)
     return {"gates": gates.detach().clone()}
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No weight of `model` learns inside, and it evaluates; both are put back."""
-    learning, mode = [p for p in model.parameters() if p.requires_grad], model.training
-    try:
-        model.eval().requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        model.train(mode)
 
 
 class _Blend:

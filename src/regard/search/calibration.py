@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,11 +107,37 @@ def calibrate(
 
 
 def fitter(entry: Entry) -> Callable[..., dict[str, Tensor]] | None:
-    """`fit` of `calibrate/<stem>.py`, or None: the mechanism is not fitted."""
+    """`fit` of `calibrate/<stem>.py` if text is all it needs; else None, and `unfittable` says why."""
+    fit = _fit(entry)
+    return None if fit is None or _required(fit) else fit
+
+
+def unfittable(entry: Entry) -> str | None:
+    """Why a search cannot fit `entry`; None if it can, or if nothing of it is fitted."""
+    if not any(o.kind == "tensor" for o in entry.card.options.values()):
+        return None
+    fit = _fit(entry)
+    if fit is None:
+        return f"{entry.stem!r} must be fitted, and there is no regard/calibrate/{entry.stem}.py"
+    if needed := _required(fit):
+        return (
+            f"{entry.stem!r} is fitted on {', '.join(needed)}, and a search has only text; "
+            f"fit it with {fit.__module__}.fit and place it yourself"
+        )
+    return None
+
+
+def _fit(entry: Entry) -> Callable[..., dict[str, Tensor]] | None:
     name = f"regard.calibrate.{entry.stem}"
     if not any(o.kind == "tensor" for o in entry.card.options.values()) or importlib.util.find_spec(name) is None:
         return None
     return importlib.import_module(name).fit
+
+
+def _required(fit: Callable[..., Any]) -> list[str]:
+    """Keywords without which `fit` cannot be called."""
+    parameters = inspect.signature(fit).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def probe(model: Any, tokens: Tensor, entry: Entry, layers: int, report: Progress) -> Tensor:

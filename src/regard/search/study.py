@@ -23,7 +23,7 @@ from regard.measure.measure import SCORES, Measurement
 from regard.recipes.legal import Legality, judge
 from regard.search import attribution, facts
 from regard.search.book import Book, name_of
-from regard.search.calibration import Calibration, calibrate, fitter
+from regard.search.calibration import Calibration, calibrate, unfittable
 from regard.search.picture import holdings
 from regard.search.plan import Plan
 from regard.search.progress import Screen, Table, figures
@@ -59,7 +59,7 @@ def search(
         model: a transformers causal language model.
         tokenizer: its tokenizer.
         text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
-        mechanisms: names to search over; None: all that save something, can stand here and can be fitted here.
+        mechanisms: names to search over; None: all that save what is asked for, can stand here and can be fitted here.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
         constraints: bounds the chosen recipe must meet, such as `"bytes<=0.4"`.
         trials: in all processes together, dense not counted.
@@ -80,7 +80,8 @@ def search(
     storage = storage or (folder and folder / "study.db")
     if not storage:
         raise RegardError("a search needs a storage: give storage=..., or out=... for an SQLite file")
-    tokens, chosen = _tokens(tokenizer, text), _mechanisms(mechanisms)
+    criteria = (*plan.objectives, *(constraint.name for constraint in plan.constraints))
+    tokens, chosen = _tokens(tokenizer, text), _mechanisms(mechanisms, criteria)
     parts = cut(tokens, plan)
     run = _Search(model, plan, folder, progress)
     run.measure = measure or Scorer(model, tokenizer, parts, plan)
@@ -359,7 +360,7 @@ class _Search:
         return f"{count}; best: {figures(best.scores)}" if best else count
 
 
-def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
+def _mechanisms(written: Sequence[str | Entry] | None, criteria: Sequence[str]) -> list[Entry]:
     """The entries to search over.
 
     Raises:
@@ -368,12 +369,22 @@ def _mechanisms(written: Sequence[str | Entry] | None) -> list[Entry]:
     if written is not None:
         chosen = [name if isinstance(name, Entry) else find(name) for name in written]
         for entry in chosen:
-            if _unfitted(entry):
-                raise RegardError(f"{entry.stem!r} must be fitted, and there is no regard/calibrate/{entry.stem}.py")
+            if why := unfittable(entry):
+                raise RegardError(why)
     else:
-        chosen = [e for e in entries().values() if e.card.saving != "none" and not _unfitted(e)]
+        chosen = default_mechanisms(criteria)
     _searchable(chosen)
     return chosen
+
+
+def default_mechanisms(criteria: Sequence[str]) -> list[Entry]:
+    """What a search takes unless told: mechanisms that may pay in `criteria`, and are fitted here or need not be.
+
+    What saves memory alone can only pay in bytes, what saves computing alone only in time.
+    """
+    pays = {"memory": "bytes", "compute": "prefill decode"}
+    wanted = {saving for saving, scores in pays.items() if set(scores.split()) & set(criteria)} or set(pays)
+    return [e for e in entries().values() if e.card.saving in wanted and unfittable(e) is None]
 
 
 def _searchable(chosen: Sequence[Entry], why: str = "no mechanism given has options with values to search") -> None:
@@ -384,10 +395,6 @@ def _searchable(chosen: Sequence[Entry], why: str = "no mechanism given has opti
     """
     if not any(o.search or o.kind == "tensor" for e in chosen for o in e.card.options.values()):
         raise RegardError(f"nothing to search: {why}")
-
-
-def _unfitted(entry: Entry) -> bool:
-    return any(o.kind == "tensor" for o in entry.card.options.values()) and fitter(entry) is None
 
 
 def _tokens(tokenizer: Any, text: str | Path | Tensor) -> Tensor:

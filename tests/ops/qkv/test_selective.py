@@ -17,6 +17,11 @@ def step(start: int, width: int, padding=None) -> Step:
     return Step(start, width, 2, torch.device("cpu"), padding)
 
 
+def made(where: Where = WHERE, **options):
+    unset = {"beta": None, "betas": None, "form": "exp", "query_map": None, "value_map": None}
+    return selective.prepare(where, **unset | options)
+
+
 def drawn(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
 
@@ -25,7 +30,8 @@ def drawn(*shape: int) -> torch.Tensor:
 def test_folding_equals_the_eager_form(form):
     q, k, v = drawn(2, 4, 9, 8), drawn(2, 2, 9, 8), drawn(2, 2, 9, 8)
     maps = {"query_map": drawn(2, 8) / 3, "value_map": drawn(2, 8) / 3}
-    edit = selective.prepare(WHERE, beta=0.2, form=form, **maps)
+    # A beta for each layer replaces the one for all.
+    edit = made(beta=-9.0, betas=torch.tensor([0.2, 7.0]), form=form, **maps)
     out, _ = regard.attend(edit.query(q, step(0, 9)), k, edit.value(v, step(0, 9)))
     rate = math.exp(-math.exp(0.2)) if form == "exp" else 0.2
     for b in range(2):
@@ -39,7 +45,7 @@ def test_folding_equals_the_eager_form(form):
 
 
 def test_the_first_token_is_never_scaled_by_position_whatever_its_padding():
-    edit = selective.prepare(WHERE, beta=-5.0, form="exp", query_map=None, value_map=None)
+    edit = made(beta=-5.0)
     q = drawn(2, 4, 5, 8)
     scaled = edit.query(q, step(0, 5, torch.tensor([2, 0])))
     assert torch.equal(scaled[0, :, :3], q[0, :, :3])
@@ -54,16 +60,18 @@ def test_a_larger_temperature_never_raises_the_entropy_of_a_row():
 
 
 def test_only_placed_heads_change_and_nothing_set_is_neutral():
-    edit = selective.prepare(Where(0, 2, 4, 2, 8, (1,)), beta=0.0, form="linear", query_map=None, value_map=drawn(2, 8))
-    assert selective.prepare(WHERE, beta=None, form="exp", query_map=None, value_map=None) is None
+    edit = made(Where(0, 2, 4, 2, 8, (1,)), beta=0.0, form="linear", value_map=drawn(2, 8))
+    assert made() is None
     q, v = drawn(2, 4, 5, 8), drawn(2, 2, 5, 8)
-    scaled = selective.prepare(Where(0, 2, 4, 2, 8, (1,)), beta=0.5, form="linear", query_map=None, value_map=None)
+    scaled = made(Where(0, 2, 4, 2, 8, (1,)), beta=0.5, form="linear")
     now = scaled.query(q, step(0, 5))
     assert torch.equal(now[:, :2], q[:, :2])
     assert not torch.equal(now[:, 2:], q[:, 2:])
     assert torch.equal(edit.value(v, step(0, 5))[:, 0], v[:, 0])
 
 
-def test_a_map_of_another_shape_is_named():
+def test_tensors_of_another_shape_are_named():
     with pytest.raises(regard.RegardError, match=r"query_map \[3, 8\], this model needs .* \[2, 8\]"):
-        selective.prepare(WHERE, beta=1.0, form="exp", query_map=drawn(3, 8), value_map=None)
+        made(query_map=drawn(3, 8))
+    with pytest.raises(regard.RegardError, match=r"betas \[3\], this model needs \[layers\] = \[2\]"):
+        made(betas=drawn(3))

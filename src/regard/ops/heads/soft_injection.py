@@ -53,7 +53,7 @@ def mix(where: Where, *, strength: float, task: Tensor | None, weights: Tensor |
     wanted = {"task": (where.layers, where.heads, where.head_dim), "weights": (where.layers, where.heads)}
     for (name, shape), given in zip(wanted.items(), (task, weights), strict=True):
         if given is None or tuple(given.shape) != shape:
-            found = "nothing" if given is None else str(list(given.shape))
+            found = "nothing: fit it with regard.calibrate.soft_injection" if given is None else str(list(given.shape))
             raise RegardError(f"'soft_injection' needs {name} of shape {list(shape)}, got {found}")
     assert task is not None
     assert weights is not None

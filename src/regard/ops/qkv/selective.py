@@ -40,6 +40,14 @@ CARD = Card(
             optional=True,
             doc="temperature by position, larger is gentler in form 'exp'; none: no position part",
         ),
+        "betas": Option(
+            kind="tensor",
+            default=None,
+            shape=("layers",),
+            low=-20.0,
+            high=20.0,
+            doc="[L] a beta for each layer, fitted under the same form; replaces beta; none: beta everywhere",
+        ),
         "form": Option(
             kind="str",
             default="exp",
@@ -67,24 +75,26 @@ CARD = Card(
 
 
 def prepare(
-    where: Where, *, beta: float | None, form: str, query_map: Tensor | None, value_map: Tensor | None
+    where: Where,
+    *,
+    beta: float | None,
+    betas: Tensor | None,
+    form: str,
+    query_map: Tensor | None,
+    value_map: Tensor | None,
 ) -> Prepare | None:
     """Scale queries by `tau_position + tanh(query_map . q)` and values by `1 + tanh(value_map . v)`.
 
     Raises:
-        RegardError: a map is not `[L, D]`.
+        RegardError: `betas` is not `[L]`, or a map is not `[L, D]`.
     """
-    for name, given in (("query_map", query_map), ("value_map", value_map)):
-        if given is not None and tuple(given.shape) != (where.layers, where.head_dim):
-            raise RegardError(
-                f"'selective' has {name} {list(given.shape)}, this model needs [layers, head dimension] = "
-                f"[{where.layers}, {where.head_dim}]"
-            )
-    if beta is None and query_map is None and value_map is None:
+    _check_shapes(where, betas, query_map, value_map)
+    rate = beta if betas is None else betas[where.layer]
+    if rate is None and query_map is None and value_map is None:
         return None
 
     def query(q: Tensor, step: Step) -> Tensor:
-        scale = temperature(step.queries(q.device) + 1, beta, form)[:, None, :, None].to(q.dtype)
+        scale = temperature(step.queries(q.device) + 1, rate, form)[:, None, :, None].to(q.dtype)
         if query_map is not None:
             scale = scale + token_part(q, query_map[where.layer])
         return _placed(q, scale, where)
@@ -92,16 +102,27 @@ def prepare(
     def value(v: Tensor, step: Step) -> Tensor:
         return v if value_map is None else _placed(v, 1 + token_part(v, value_map[where.layer]), where)
 
-    told = "selective" + ("" if beta is None else f" beta {beta:g}")
+    told = "selective" + ("" if rate is None else f" beta {float(torch.as_tensor(rate).detach()):.3g}")
     return Prepare(told, query=query, value=value)
 
 
-def temperature(n: Tensor, beta: float | None, form: str = "exp") -> Tensor:
+def _check_shapes(where: Where, betas: Tensor | None, query_map: Tensor | None, value_map: Tensor | None) -> None:
+    a_layer, a_map = ("[layers]", (where.layers,)), ("[layers, head dimension]", (where.layers, where.head_dim))
+    for name, given, (axes, shape) in (
+        ("betas", betas, a_layer),
+        ("query_map", query_map, a_map),
+        ("value_map", value_map, a_map),
+    ):
+        if given is not None and tuple(given.shape) != shape:
+            raise RegardError(f"'selective' has {name} {list(given.shape)}, this model needs {axes} = {list(shape)}")
+
+
+def temperature(n: Tensor, beta: float | Tensor | None, form: str = "exp") -> Tensor:
     """`tau(n)` of the `n`-th position (from 1; padding counts as the first), float32; 1 where there is no beta."""
     log = n.clamp(min=1).float().log()
     if beta is None:
         return torch.ones_like(log)
-    rate = torch.tensor(beta, device=n.device)
+    rate = torch.as_tensor(beta, device=n.device).float()
     return 1 + (torch.exp(-torch.exp(rate)) if form == "exp" else rate) * log
 
 
