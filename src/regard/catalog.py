@@ -110,7 +110,7 @@ def options(name: str, *roots: Path) -> dict[str, Option]:
 def check_options(entry: Entry, written: Mapping[str, Any]) -> dict[str, Any]:
     """Check `written` (options and trained tensors) against the card; returns them, defaults not filled in.
 
-    Whole numbers written for a float become floats.
+    Whole numbers written for a float become floats, token ids a tuple.
 
     Raises:
         RegardError: an unknown option, or a value of the wrong kind, out of bounds or not a choice.
@@ -134,6 +134,8 @@ def _check(stem: str, name: str, option: Option, value: Any) -> Any:
         if not (hasattr(value, "dtype") and hasattr(value, "shape")):
             raise RegardError(f"{where} must be a tensor (it is fitted on text), got {value!r}")
         return value
+    if option.kind == "tokens":
+        return _tokens(where, value)
     # bool is an int to Python, never to a user.
     if not isinstance(value, _TYPES[option.kind]) or (isinstance(value, bool) and option.kind != "bool"):
         extra = " or none" if option.optional else ""
@@ -144,6 +146,13 @@ def _check(stem: str, name: str, option: Option, value: Any) -> Any:
         _check_bounds(where, option, value)
         return float(value) if option.kind == "float" else value
     return value
+
+
+def _tokens(where: str, value: Any) -> tuple[int, ...]:
+    ids = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, (list, tuple)) or not all(isinstance(i, int) and i is not True and i >= 0 for i in ids):
+        raise RegardError(f"{where} must be a list of token ids, whole numbers from 0 up, got {value!r}")
+    return tuple(ids)
 
 
 def _check_bounds(where: str, option: Option, value: float) -> None:

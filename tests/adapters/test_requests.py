@@ -103,6 +103,15 @@ def test_forwards_without_a_cache_run_the_mechanism_too(llama, ids):
     assert not torch.allclose(own, uncached, atol=1e-3)
 
 
+def test_generating_without_a_cache_gives_the_same_tokens(llama):
+    ids, mask = prompts()
+    given = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    with regard.attach(llama, BOTH), torch.no_grad():
+        assert torch.equal(llama.generate(ids, use_cache=False, **given), llama.generate(ids, **given))
+        assert llama(ids, attention_mask=mask, use_cache=False).past_key_values is None
+        assert llama(ids, attention_mask=mask).past_key_values is not None
+
+
 def test_a_chunk_that_is_all_padding_for_a_row_changes_nothing(llama):
     ids, mask = prompts(rows=2, length=24, padding=11)
     with regard.attach(llama, BOTH):

@@ -1,6 +1,6 @@
 """Placements to Slots: what each layer will do differently, checked before any model is touched."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ class Bound:
         slots: one entry a layer, None where every mechanism placed there is at its neutral setting.
         weights: parameters that change, with their new values.
         contrast: the second branch that logits are compared with, None where there is none.
+        branching: whether a mechanism with a second branch is placed, at its neutral setting too.
     """
 
     slots: tuple[Slots | None, ...]
     weights: tuple[tuple[nn.Parameter, Tensor], ...]
     contrast: Contrast | None = None
+    branching: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.contrast) or any(self.slots)
@@ -44,9 +46,12 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
     """
     layers = [_Layer(decoder, index) for index in range(decoder.layers)]
     contrasts: dict[str, Contrast] = {}
+    branching = False
     for placement in placements:
         entry = catalog.find(placement.stem)
         options = catalog.fill_options(entry, {**placement.options, **placement.tensors})
+        _refuse_unknown_tokens(entry, options, decoder)
+        branching |= "contrast" in entry.verbs
         if (entry.card.whole_layers or entry.card.whole_model) and placement.heads != "all":
             raise RegardError(f"{entry.stem!r} decides over whole layers; drop heads={placement.heads!r}")
         if entry.card.whole_model and placement.layers != "all":
@@ -70,7 +75,17 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
     weights = (pair for index, made in edited if made is not None for pair in projections.write(decoder, index, made))
     slots = tuple(layer.slots() for layer in layers)
     _refuse_partial_records(layers)
-    return Bound(slots, tuple(weights), next(iter(contrasts.values()), None))
+    return Bound(slots, tuple(weights), next(iter(contrasts.values()), None), branching)
+
+
+def _refuse_unknown_tokens(entry: catalog.Entry, options: Mapping[str, Any], decoder: Decoder) -> None:
+    for name, option in entry.card.options.items():
+        worst = max(options[name] or (), default=0) if option.kind == "tokens" else 0
+        if worst >= decoder.vocabulary:
+            raise RegardError(
+                f"option {name!r} of {entry.stem!r} has token {worst}; this model knows ids 0 to "
+                f"{decoder.vocabulary - 1}"
+            )
 
 
 def _refuse_partial_records(layers: "Sequence[_Layer]") -> None:

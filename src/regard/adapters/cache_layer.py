@@ -142,49 +142,71 @@ class StoreLayer(CacheLayerMixin):
 
 @dataclass(eq=False)
 class Branch:
-    """A second branch of a request: the tokens that arrived so far, and the branch's own cache once it began.
+    """A second branch of a request: the tokens that arrived so far, and what the branch reads in their place.
 
     Args:
         ids: tokens of the request `[B, n]`.
-        cache: of the branch; None before the prompt ended.
-        mask: of all the branch has read, `[B, m]`.
-        prompt: arrivals of the request's prompt that the branch was begun for.
+        prompt: arrivals of the request's prompt that the branch's own prompt stands for; None: it has not begun.
+        own: its prompt `[B, N]`, padded on the left.
+        padding: `[B]` how far; None where no row is padded.
+        longest: tokens of its longest prompt.
+        cache: what it has read; None: nothing yet.
     """
 
     ids: Tensor
-    cache: Any = None
-    mask: Tensor | None = None
-    prompt: int = 0
+    prompt: int | None = None
+    own: Tensor | None = None
+    padding: Tensor | None = None
+    longest: int = 0
+    cache: "StoreCache | None" = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """All the branch is to read, `[B, m]`: its prompt, and what followed the request's."""
+        assert self.own is not None
+        return torch.cat((self.own, self.ids[:, self.prompt :]), dim=1)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """`[B, m]`, 0 at padding; None where no row is padded."""
+        if self.padding is None:
+            return None
+        return (torch.arange(self.tokens.shape[1], device=self.ids.device) >= self.padding[:, None]).long()
 
     def reorder(self, rows: Tensor) -> None:
         """Row `i` becomes the old row `rows[i]`."""
         rows = rows.to(self.ids.device)
         self.ids = self.ids[rows]
-        if self.cache is not None and self.mask is not None:
-            self.mask = self.mask[rows]
+        self.own = self.own if self.own is None else self.own[rows]
+        self.padding = self.padding if self.padding is None else self.padding[rows]
+        if self.cache is not None:
             self.cache.reorder_cache(rows)
+
+    def keeps(self, length: int) -> bool:
+        """Whether its prompt still stands when the request is cut to `length` arrivals."""
+        return self.prompt is not None and length >= self.prompt
 
     def crop(self, length: int) -> None:
         """Forget the request's arrivals from `length` on; a branch whose prompt is cut begins anew."""
-        gone = self.ids.shape[1] - length
         self.ids = self.ids[:, :length]
-        if length < self.prompt:
-            self.cache = self.mask = None
-        elif self.cache is not None and self.mask is not None and gone:
-            self.mask = self.mask[:, :-gone]
-            self.cache.crop(-gone)
+        if not self.keeps(length):
+            self.prompt = self.own = self.padding = self.cache = None
+        elif self.cache is not None:
+            self.cache.crop(min(self.tokens.shape[1] - self.cache.get_seq_length(), 0))
 
 
 class StoreCache(DynamicCache):
     """A DynamicCache some of whose layers are StoreLayers.
 
     `recipe` is the digest of the placements it was made under; `prompt` where its prompt ended, None while
-    the prompt lasts; `branch` what a second branch of the request holds, if it has one.
+    the prompt lasts; `branch` what a second branch of the request holds, if it has one; `recording` whether layers
+    keep what the next crop may bring back.
     """
 
     recipe: str
     prompt: int | None = None
-    branch: "Branch | None" = None
+    branch: Branch | None = None
+    recording: bool = False
 
     @classmethod
     def of(cls, cache: DynamicCache, layers: Mapping[int, StoreLayer], recipe: str) -> "StoreCache":
@@ -228,15 +250,30 @@ class StoreCache(DynamicCache):
         """
         length = self.get_seq_length()
         gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
-        removable = min((layer.store.removable for layer in self.store_layers()), default=length)
+        removable, branch = self.removable, self.branch
+        if branch is not None and branch.cache is not None and branch.keeps(length - gone):
+            removable = min(removable, branch.cache.removable)
         if gone > removable:
             raise RegardError(
                 f"cannot remove the last {gone} of {length} tokens: {removable} can be removed, layers under recipe "
                 f"{self.recipe} evicted what comes before; call activate_past_recording() before forwards to undo"
             )
         super().crop(-gone)
-        if self.branch is not None:
-            self.branch.crop(length - gone)
+        if branch is not None:
+            branch.crop(length - gone)
+
+    @property
+    def removable(self) -> int:
+        """How many of the last tokens every store can forget."""
+        found = [layer.store.removable for layer in self.store_layers()]
+        return min(found, default=self.get_seq_length())
+
+    def activate_past_recording(self) -> None:
+        """Keep what the next `crop` may bring back, in a branch too."""
+        super().activate_past_recording()
+        self.recording = True
+        if self.branch is not None and self.branch.cache is not None:
+            self.branch.cache.activate_past_recording()
 
     def reset(self) -> None:
         """Forget everything."""

@@ -80,6 +80,11 @@ class Decoder:
         """Number of decoder layers."""
         return len(self.attentions)
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self.config.vocab_size
+
     def part(self, layer: int, name: str) -> nn.Module:
         """The module of `layer` that the family calls `name`: `feed_forward`, `attention_out`, `feed_forward_out`.
 

@@ -1,14 +1,16 @@
 """Installing placements into a model, and undoing it without a trace."""
 
 import hashlib
-import inspect
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.utils.generic import ModelOutput
 
+from regard import catalog
 from regard.adapters import seam
 from regard.adapters.bind import Bound, bind
 from regard.adapters.blocks import open_block
@@ -80,6 +82,9 @@ class Handle:
         self.model, self.decoder, self.slots, self.digest = model, decoder, bound.slots, recipe
         self._implementation, self._bound = implementation, bound
         self._requests = Requests(decoder, decoder.config, bound.slots, recipe)
+        self._branches: Branches | None = None
+        # Whether the forward that runs was to leave no cache: it runs on one all the same.
+        self._unasked = False
         self._surgery = seam.Surgery()
         try:
             self._install()
@@ -101,7 +106,7 @@ class Handle:
             surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
             if self._bound.contrast is not None:
                 self._open_logits(self._bound.contrast)
-            surgery.hook(module.register_forward_hook(lambda *_: self._requests.end(), always_call=True))
+            surgery.hook(module.register_forward_hook(self._after, always_call=True))
             for part in self._generating():
                 surgery.set(part, "generate", self._requests.generating(part.generate))
                 prepare = part._prepare_cache_for_generation
@@ -114,12 +119,15 @@ class Handle:
         ]
 
     def _open_logits(self, contrast: Contrast) -> None:
+        # The outermost of the model's own: PEFT's wrappers generate too, but return what this one makes.
+        language = next((part for part in self.model.modules() if isinstance(part, GenerationMixin)), None)
+        if not isinstance(language, nn.Module):
+            raise RegardError(f"{contrast.name!r} edits logits, and {type(self.model).__name__} has no language head")
         surgery, branches = self._surgery, Branches(contrast, self.decoder, self._requests)
-        surgery.hook(self.decoder.module.register_forward_hook(branches.remember))
-        language = self._generating()
-        if not language:
-            raise RegardError(f"{contrast.name} edits logits, and {type(self.model).__name__} has no language head")
-        surgery.hook(language[-1].register_forward_hook(branches.combine, with_kwargs=True))
+        surgery.hook(language.register_forward_pre_hook(branches.open, with_kwargs=True))
+        surgery.hook(self.decoder.module.register_forward_pre_hook(branches.begin))
+        surgery.hook(language.register_forward_hook(branches.combine, with_kwargs=True, always_call=True))
+        self._branches = branches
 
     def detach(self) -> None:
         """Leave the model as it was before.
@@ -161,6 +169,27 @@ class Handle:
         """
         return self._requests.marking(marks)
 
+    def branching(self, ids: Tensor, mask: Tensor | None = None) -> AbstractContextManager[None]:
+        """Requests whose prompt ends inside have a second branch with the prompt `ids`, for site `logits`.
+
+        It stands for what the recipe's mechanism would make of the request's own prompt, its cue included. A branch
+        that began inside goes on outside, until the request has a new prompt.
+
+        Args:
+            ids: `[B, N]` token ids, one row for each of the request; `N` need not be the request's length.
+            mask: `[B, N]`, 0 where `ids` is padded, on the left; None: nowhere.
+
+        Raises:
+            RegardError: no mechanism of this recipe runs a branch; `ids` is empty, longer than the model's context,
+                or holds ids outside its vocabulary; `mask` is not left padding.
+        """
+        if self._branches is not None:
+            return self._branches.giving(ids, mask)
+        if not self._bound.branching:
+            stems = ", ".join(stem for stem, entry in catalog.entries().items() if "contrast" in entry.verbs)
+            raise RegardError(f"no mechanism of this recipe runs a second branch; those that do: {stems}")
+        return nullcontext()
+
     def explain(self) -> str:
         """What runs in each layer, equal layers together."""
         lines = [f"{type(self.model).__name__}: family {self.decoder.family}, own attention {self._implementation}"]
@@ -177,8 +206,7 @@ class Handle:
 
     @eager
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        names = list(inspect.signature(type(module).forward).parameters)[1:]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        given = seam.named(module, args, kwargs)
         if given.get("output_attentions"):
             raise RegardError("output_attentions asks for weights, which attached layers never build")
         if module.training and getattr(module, "gradient_checkpointing", False):
@@ -188,12 +216,21 @@ class Handle:
                 "position_ids jump inside a row (packed sequences), which stores cannot tell apart; "
                 "give each sequence a row of its own"
             )
+        self._unasked = given.get("use_cache") is False and given.get("past_key_values") is None
         tokens = given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
         given["past_key_values"] = self._requests.begin(
             tokens, given.get("past_key_values"), given.get("attention_mask")
         )
         return (), given
+
+    @eager
+    def _after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        self._requests.end()
+        if self._unasked and isinstance(out, ModelOutput):
+            # `generate` would go on with it.
+            return type(out)(**{name: part for name, part in out.items() if name != "past_key_values"})
+        return out
 
 
 def _packed(given: dict[str, Any]) -> bool:

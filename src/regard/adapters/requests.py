@@ -35,6 +35,9 @@ class Requests:
         # The forward that runs: its Step and its cache.
         self.step: Step | None = None
         self.cache: StoreCache | None = None
+        # Rows of the batch that `generate` was given; it may repeat them.
+        self.rows: int | None = None
+        self._aside = False
         self._responding = False
         self._prompt: int | None = None
         self._marks: Tensor | tuple[int, int] | None = None
@@ -54,8 +57,12 @@ class Requests:
         def told(*args: Any, **kwargs: Any) -> Any:
             named = map(kwargs.get, ("inputs", "input_ids", "inputs_embeds"))
             first = next((x for x in (*args[:1], *named) if isinstance(x, Tensor)), None)
-            with self.prompting(1 if first is None else first.shape[1]):
-                return generate(*args, **kwargs)
+            before, self.rows = self.rows, 1 if first is None else first.shape[0]
+            try:
+                with self.prompting(1 if first is None else first.shape[1]):
+                    return generate(*args, **kwargs)
+            finally:
+                self.rows = before
 
         return told
 
@@ -82,6 +89,25 @@ class Requests:
         finally:
             self._marks = before
 
+    @contextmanager
+    def aside(self, prompt: int) -> Iterator[None]:
+        """Forwards inside belong to a request that runs already, and have a prompt of `prompt` arrivals."""
+        before = (self._aside, self._responding, self._prompt)
+        self._aside, self._responding, self._prompt = True, False, prompt
+        try:
+            yield
+        finally:
+            self._aside, self._responding, self._prompt = before
+
+    @property
+    def marked(self) -> bool:
+        """Whether rows are marked."""
+        return self._marks is not None
+
+    def fresh(self) -> StoreCache:
+        """An empty cache that is nobody's request."""
+        return self._adopt(DynamicCache(config=self._config))
+
     def preparing(self, prepare: Callable[..., None]) -> Callable[..., None]:
         """`_prepare_cache_for_generation`, adopting the cache at birth: what it is asked then must reach its stores."""
 
@@ -93,7 +119,7 @@ class Requests:
                 )
             prepare(generation_config, model_kwargs, *args, **kwargs)
             if (cache := model_kwargs.get("past_key_values")) is not None:
-                self._adopt(cache)
+                self.caches.add(self._adopt(cache))
 
         return prepared
 
@@ -106,6 +132,9 @@ class Requests:
         if cache is None:
             cache = DynamicCache(config=self._config)
         cache = self._adopt(cache)
+        if not self._aside:
+            # A branch is counted with its request.
+            self.caches.add(cache)
         running = list(cache.store_layers())
         start, (batch, width) = cache.get_seq_length(), tokens.shape[:2]
         padding = _padding(mask, batch, start, width)
@@ -168,7 +197,6 @@ class Requests:
                 cache.layers[:] = DynamicCache(config=self._config).layers
             new = {index: self._layer(slots, index) for index, slots in enumerate(self.slots) if slots is not None}
             cache = StoreCache.of(cache, new, self._recipe)
-        self.caches.add(cache)
         return cache
 
     def _layer(self, slots: Slots, index: int) -> StoreLayer:

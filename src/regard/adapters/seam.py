@@ -6,6 +6,7 @@ runs the model's own attention; attached layers need no mask tensor at all.
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,12 @@ def open_free(model: nn.Module) -> tuple[Decoder, str]:
     if any(part in _SEATS for part in decoder.attentions):
         raise RegardError(f"{type(model).__name__} is attached already; detach it first")
     return decoder, decoder.config._attn_implementation or "eager"
+
+
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a forward of `module` is given, by name."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 class Surgery:

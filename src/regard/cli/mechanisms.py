@@ -98,7 +98,7 @@ def legal(option: Option) -> str:
     elif option.kind == "bool":
         text = "True, False"
     elif option.low is None and option.high is None:
-        text = "fitted" if option.kind == "tensor" else "any"
+        text = {"tensor": "fitted", "tokens": "token ids"}.get(option.kind, "any")
     elif option.high is None:
         text = f">= {option.low:g}"
     elif option.low is None:

@@ -14,11 +14,12 @@ class Option:
     values a search tries (none: the search leaves the default). `optional` also allows None.
     `kind` "tensor" marks a trained tensor, which travels in `recipe.safetensors`; `shape` names its axes
     as `Where` does, `("layers", "kv_heads")`, and its values lie in `[low, high]`.
+    `kind` "tokens" takes token ids (a list or a tensor of one dimension), and keeps them as a tuple.
     """
 
     default: Any
     doc: str
-    kind: Literal["int", "float", "bool", "str", "tensor"] = "int"
+    kind: Literal["int", "float", "bool", "str", "tensor", "tokens"] = "int"
     low: float | None = None
     high: float | None = None
     choices: tuple[Any, ...] = ()

@@ -141,9 +141,10 @@ class Feed:
 class Contrast:
     """Site `logits`: a second branch with another prompt, fed the same tokens after it.
 
-    `branch(ids [B, N], mask [B, N])` makes the branch's prompt and its mask, padded on the left.
-    `combine(logits [B, R, V], other [B, R, V])` returns the logits that are used, of the last prompt row and
-    all response rows.
+    `branch(ids [B, N], mask [B, N])` makes the branch's prompt and its mask, of any length, padded on the left; both
+    are int64, and `mask` is 0 at padding. It is not asked where the user gives that prompt (`handle.branching`).
+    `combine(logits [B, R, V], other [B, R, V])` returns the logits that are used in place of `logits`, of the last
+    prompt row and all response rows; the same row of both follows the same emitted tokens.
     """
 
     name: str

@@ -148,7 +148,11 @@ def _score(window: Window, reference: Tensor, pieces: Any) -> WindowQuality:
         row += len(logits)
     kl, same = torch.cat(kls), torch.cat(agree).double()
     if not bool(torch.isfinite(kl).all()):
-        raise RegardError(f"the attached model yields an infinite KL in the window at token {window.start}")
+        row = int((~torch.isfinite(kl)).nonzero()[0])
+        raise RegardError(
+            f"the attached model yields an infinite KL at row {row} of the window at token {window.start}: it rules "
+            "out tokens that the dense model does not, as a plausibility cut does (an option beta); measure without it"
+        )
     half = row // 2
     return WindowQuality(
         start=window.start,
