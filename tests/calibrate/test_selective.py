@@ -136,7 +136,7 @@ def accuracy(model, ids):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_retrieval_learnt_at_64_tokens_holds_at_512(seed):
-    """Also the fit sees 64 tokens and no more; what carries over is that temperature grows with log n."""
+    """Also the fit sees 64 tokens and no more; how much of it is growth with log n, not sharpness, is not told here."""
     model, drawn = trained(seed), torch.Generator().manual_seed(10)
     fitted = selective.fit(model, retrieval(40, 64, drawn).flatten(), length=64, maps=False)
     short, long = retrieval(64, 64, drawn), retrieval(64, 512, drawn)
