@@ -133,8 +133,9 @@ def record(handle: Handle, tape: Tape) -> None:
 
     def codec(codec: Codec, place: tuple[Any, ...]) -> Codec:
         def encode(x: Tensor) -> tuple[Tensor, ...]:
-            fields = codec.encode(x)
-            tape.setdefault(place, []).append(fields)
+            fields, step = codec.encode(x), handle._requests.layer(place[0]).step
+            assert step is not None
+            tape.setdefault(place, []).append((step.arrivals.expand(len(x), -1), fields))
             return fields
 
         return replace(codec, encode=encode)
@@ -167,10 +168,14 @@ def replay(handle: Handle, tape: Tape) -> None:
     """Give `handle`, which runs one full forward, the codes and choices of `tape` instead of new ones."""
 
     def codec(codec: Codec, place: tuple[Any, ...]) -> Codec:
-        recorded = tuple(torch.cat(fields, 2) for fields in zip(*tape[place], strict=True))
-
         def encode(x: Tensor) -> tuple[Tensor, ...]:
-            error = (codec.decode(recorded, x.dtype) - codec.decode(codec.encode(x), x.dtype)).abs()
+            own = codec.encode(x)
+            recorded = tuple(field.clone() for field in own)
+            for arrivals, fields in tape[place]:
+                for row, at in enumerate(arrivals):
+                    for field, new in zip(recorded, fields, strict=True):
+                        field[row][:, at[at >= 0]] = new[row][:, at >= 0]
+            error = (codec.decode(recorded, x.dtype) - codec.decode(own, x.dtype)).abs()
             assert (error > 1e-3).double().mean() < 0.01, "the replayed codes are not those of these keys"
             return recorded
 

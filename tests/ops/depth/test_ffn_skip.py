@@ -62,11 +62,9 @@ def walked(model, ids, first, last, warmup, threshold, jump):
     """The definition, token by token: logits `[B, T, V]` and which blocks ran."""
     runs = torch.ones(*ids.shape, LAYERS, dtype=torch.bool)
     all_logits = []
+    blocks = [block.mlp.forward for block in model.model.layers]
     for row in range(len(ids)):
-        blocks, cache = {}, None
-        for layer, block in enumerate(model.model.layers):
-            blocks[layer] = block.mlp.forward
-        logits = []
+        logits, cache = [], None
         for t in range(ids.shape[1]):
             state = {"left": 0, "x": None}
 
@@ -92,8 +90,6 @@ def walked(model, ids, first, last, warmup, threshold, jump):
             logits.append(out.logits)
             for hook in hooks:
                 hook.remove()
-        for layer, block in enumerate(model.model.layers):
-            block.mlp.forward = blocks[layer]
         all_logits.append(torch.cat(logits, 1))
     return torch.cat(all_logits), runs
 
@@ -132,9 +128,9 @@ def test_always_saturated_with_the_longest_jump_runs_the_first_middle_block_only
     assert bool(runs[:, :PROMPT].all())
     assert bool((runs[:, PROMPT:] == ends).all())
     built = deep()
+    rows = torch.arange(TOTAL)[:, None] < PROMPT
     for layer in built.model.layers[2:-1]:
         whole = layer.mlp.forward
-        rows = torch.arange(TOTAL)[:, None] < PROMPT
         layer.mlp.forward = lambda x, whole=whole: torch.where(rows, whole(x), 0)
     with torch.no_grad():
         torch.testing.assert_close(found, built(ids).logits)
