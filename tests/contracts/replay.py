@@ -121,6 +121,8 @@ def _all_rows(whole: Callable[..., Any], index: int, told: requests.Requests):
             return whole(hidden, *args, **kwargs)
         runs = blocks.as_mask(runs, told.step)
         told.step.shared[layer.store] = runs
+        # To the layer, rows that pass it by are rows that are not there.
+        layer.step = told.step.only(told.step.arrivals.masked_fill(~runs, -1))
         return torch.where(runs[..., None], whole(hidden, *args, **kwargs), hidden)
 
     return run
@@ -131,8 +133,9 @@ def record(handle: Handle, tape: Tape) -> None:
 
     def codec(codec: Codec, place: tuple[Any, ...]) -> Codec:
         def encode(x: Tensor) -> tuple[Tensor, ...]:
-            fields = codec.encode(x)
-            tape.setdefault(place, []).append(fields)
+            fields, step = codec.encode(x), handle._requests.layer(place[0]).step
+            assert step is not None
+            tape.setdefault(place, []).append((step.arrivals.expand(len(x), -1), fields))
             return fields
 
         return replace(codec, encode=encode)
@@ -154,8 +157,8 @@ def record(handle: Handle, tape: Tape) -> None:
 
     def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         runs = choose(step)
-        told = torch.ones(1, step.arrivals.shape[1], dtype=torch.bool) if runs is None else runs
-        tape.setdefault(place, []).append(told)
+        every = step.arrivals.shape[1]
+        tape.setdefault(place, []).append((step.arrivals, blocks.as_mask(every if runs is None else runs, step)))
         return runs
 
     _rewrite(handle, codec, select, split, feed)
@@ -165,10 +168,14 @@ def replay(handle: Handle, tape: Tape) -> None:
     """Give `handle`, which runs one full forward, the codes and choices of `tape` instead of new ones."""
 
     def codec(codec: Codec, place: tuple[Any, ...]) -> Codec:
-        recorded = tuple(torch.cat(fields, 2) for fields in zip(*tape[place], strict=True))
-
         def encode(x: Tensor) -> tuple[Tensor, ...]:
-            error = (codec.decode(recorded, x.dtype) - codec.decode(codec.encode(x), x.dtype)).abs()
+            own = codec.encode(x)
+            recorded = tuple(field.clone() for field in own)
+            for arrivals, fields in tape[place]:
+                for row, at in enumerate(arrivals):
+                    for field, new in zip(recorded, fields, strict=True):
+                        field[row][:, at[at >= 0]] = new[row][:, at >= 0]
+            error = (codec.decode(recorded, x.dtype) - codec.decode(own, x.dtype)).abs()
             assert (error > 1e-3).double().mean() < 0.01, "the replayed codes are not those of these keys"
             return recorded
 
@@ -187,8 +194,13 @@ def replay(handle: Handle, tape: Tape) -> None:
         return segments
 
     def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
-        batch = max(len(runs) for runs in tape[place])
-        return torch.cat([runs.expand(batch, -1) for runs in tape[place]], 1)
+        # One more column, for rows that a batch row does not have.
+        runs = torch.ones(step.batch, step.width + 1, dtype=torch.bool)
+        for arrivals, told in tape[place]:
+            runs = runs.scatter(
+                1, arrivals.remainder(step.width + 1).expand(step.batch, -1), told.expand(step.batch, -1)
+            )
+        return runs[:, :-1]
 
     _rewrite(handle, codec, select, split, feed)
 

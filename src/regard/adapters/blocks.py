@@ -11,7 +11,7 @@ from regard.adapters.cache_layer import StoreLayer, eager
 from regard.adapters.families import Decoder
 from regard.adapters.requests import Requests
 from regard.adapters.seam import Surgery
-from regard.core.slots import Rows
+from regard.core.slots import Feed, Rows
 from regard.core.step import Step
 from regard.primitives.buffer import pick
 
@@ -59,11 +59,12 @@ def _feed(surgery: Surgery, decoder: Decoder, index: int, requests: Requests) ->
         layer = requests.layer(index)
         step = layer.step
         assert step is not None
-        masks = [mask for edit in layer.slots.feed if (mask := edit.choose(step)) is not None]
-        if not masks:
+        runs = together(layer.slots.feed, step)
+        if runs is None:
             return inner(x, *args, **kwargs)
-        runs = torch.stack(torch.broadcast_tensors(*masks)).all(0).expand(x.shape[:2])
-        at = runs.flatten().nonzero()[:, 0]
+        if not isinstance(runs, Tensor) and not runs:
+            return torch.zeros_like(x)
+        at = as_mask(runs, step).expand(x.shape[:2]).flatten().nonzero()[:, 0]
         if not len(at):
             return torch.zeros_like(x)
         flat = x.flatten(0, 1)
@@ -138,22 +139,28 @@ def _first_rows(
     return torch.cat((out, hidden[:, count:]), dim=1)
 
 
-def together(edits: Sequence[Rows], step: Step) -> Tensor | int | None:
-    """The rows that all of `edits` let run: `[1|B, T]` bool, the number of first rows, or None: all rows."""
+def together(edits: Sequence[Rows | Feed], step: Step) -> Tensor | int | None:
+    """The rows of `step` that all of `edits` let run: `[1|B, R]` bool, the number of first rows, or None: all."""
+    width = _width(step)
     said = [runs for edit in edits if (runs := edit.choose(step)) is not None]
     masks = [runs for runs in said if isinstance(runs, Tensor)]
-    count = min((runs for runs in said if not isinstance(runs, Tensor)), default=step.width)
+    count = min((runs for runs in said if not isinstance(runs, Tensor)), default=width)
     if not masks or not count:
-        return None if count >= step.width else count
+        return None if count >= width else count
     runs = torch.stack(torch.broadcast_tensors(*masks)).all(0)
-    if count < step.width:
+    if count < width:
         runs = runs & as_mask(count, step)
     return None if bool(runs.all()) else runs
 
 
 def as_mask(runs: Tensor | int, step: Step) -> Tensor:
-    """What `together` returned as `[1|B, T]` bool."""
-    return runs if isinstance(runs, Tensor) else (torch.arange(step.width, device=step.device) < runs)[None]
+    """What `together` returned as `[1|B, R]` bool."""
+    return runs if isinstance(runs, Tensor) else (torch.arange(_width(step), device=step.device) < runs)[None]
+
+
+def _width(step: Step) -> int:
+    """Rows of `step` that run, `R`."""
+    return step.width if step.rows is None else step.rows.shape[1]
 
 
 def offsets(runs: Tensor) -> Tensor:

@@ -128,12 +128,13 @@ class Rows:
 class Feed:
     """Site `depth`: which rows the feed-forward part runs; the others add nothing there.
 
-    `choose(step)` returns `[B, R]` bool over the rows that the layer runs, or None: all. Afterwards
-    `seen(before, after, step)` is told the residual stream `[B, R, d]` before and after the part.
+    `choose(step)` returns `[B, R]` bool over the rows that the layer runs, the number of first rows that run
+    (0: none), or None: all. Afterwards `seen(before, after, step)` is told the residual stream `[B, R, d]` before
+    and after the part.
     """
 
     name: str
-    choose: Callable[[Step], Tensor | None]
+    choose: Callable[[Step], Tensor | int | None]
     seen: Callable[[Tensor, Tensor, Step], None]
 
 
