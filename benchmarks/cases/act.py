@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import torch
+
 from regard.calibrate import act
 from regard.core.placement import Placement
 from regard.measure.measure import run as measured
@@ -26,7 +28,7 @@ def run(
         seeds: windows.
         heads: heads tried in the search.
     """
-    model, tokenizer = pretrained.load("demo")
+    model, tokenizer = pretrained.load("demo", device="cuda" if torch.cuda.is_available() else "cpu")
     size = context + continuation
     searched = 2 * (context + SCORED)
     text = tokenise(tokenizer, pretrained.demo_text()[: 8 * (searched + seeds * size)])
