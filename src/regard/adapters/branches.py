@@ -86,7 +86,9 @@ class Branches:
         if self._inside:
             return
         given = named(module, args, kwargs)
-        foreign = [name for name, x in given.items() if x is not None and any(part in name for part in _FOREIGN)]
+        # A request of text alone may bring an empty dict of encoded images.
+        brought = [name for name, x in given.items() if x is not None and not (isinstance(x, dict) and not x)]
+        foreign = [name for name in brought if any(part in name for part in _FOREIGN)]
         if foreign or not isinstance(given.get("input_ids"), Tensor):
             what = " and ".join(foreign) or "no input_ids"
             raise RegardError(f"{self._name} reads prompts of tokens alone; this forward brings {what}")

@@ -248,7 +248,8 @@ class StoreCache(DynamicCache):
         Raises:
             RegardError: a layer has already evicted what would be needed; no layer has changed.
         """
-        length = self.get_seq_length()
+        # transformers 5.17 counts in 0-d tensors, which would spread to every length.
+        tokens_to_remove, length = int(tokens_to_remove), int(self.get_seq_length())
         gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
         removable, branch = self.removable, self.branch
         if branch is not None and branch.cache is not None and branch.keeps(length - gone):
