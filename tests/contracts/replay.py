@@ -70,6 +70,16 @@ class Everything:
             outs.append((out if value_codec is None else value_codec.output(out), lse))
         return torch.cat([out for out, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
 
+    def attend_blocks(self, q: Tensor, index: Tensor, *, own: slice | None, step: Step, **call) -> Tensor:
+        whole = Chosen(slice(0, q.shape[2]), index, own is not None)
+        # The rows of `q` within the forward that runs, whose keys are the last.
+        first = 0 if own is None else self.length - step.stop + step.start + own.start
+        outs = []
+        for one in whole.split(first):
+            rows = step.only(step.arrivals[:, one.rows])
+            outs.append(self.attend(q[:, :, one.rows], index=one.index, step=rows, **call)[0])
+        return torch.cat(outs, 2)
+
     def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         codec = self.codecs[0][0]
         return q if codec is None else codec.query(q), torch.cat(self.parts[0], 2), self.positions(step)
@@ -143,7 +153,8 @@ def record(handle: Handle, tape: Tape) -> None:
     def select(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         pieces = choose(reading)
         every = [Chosen(slice(0, reading.query.shape[2]), torch.arange(reading.key.shape[2])[None])]
-        for piece in pieces or every:
+        first = reading.key.shape[2] - reading.query.shape[2]
+        for piece in (one for whole in pieces or every for one in whole.split(first)):
             rows = reading.step.arrivals[0, piece.rows]
             tape.setdefault(place, []).append((rows, _arrivals(reading, piece.index)))
         return pieces

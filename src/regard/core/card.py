@@ -13,7 +13,7 @@ class Option:
     `low`/`high` bound numbers (inclusive); `choices` lists the only legal values; `search` lists the
     values a search tries (none: the search leaves the default). `optional` also allows None.
     `kind` "tensor" marks a trained tensor, which travels in `recipe.safetensors`; `shape` names its axes
-    as `Where` does, `("layers", "kv_heads")`, and its values lie in `[low, high]`.
+    as `Where` does, `("layers", "kv_heads")`, or gives their size, and its values lie in `[low, high]`.
     `kind` "tokens" takes token ids (a list or a tensor of one dimension), and keeps them as a tuple.
     """
 
@@ -25,7 +25,7 @@ class Option:
     choices: tuple[Any, ...] = ()
     search: tuple[Any, ...] = ()
     optional: bool = False
-    shape: tuple[str, ...] = ()
+    shape: tuple[str | int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

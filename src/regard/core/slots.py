@@ -1,9 +1,10 @@
 """What one layer of an attached model does differently: the bound mechanisms, in running order."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from regard.core.pattern import Pattern
@@ -67,10 +68,30 @@ class Reading:
 
 @dataclass(frozen=True)
 class Chosen:
-    """Keys that some rows attend to: `rows` of the forward, and `index [1|B, n]` into the keys, -1 for none."""
+    """Keys that some rows attend to: `rows` of the forward, and `index [1|B, n]` into the keys, -1 for none.
+
+    Rows in blocks of one length, each block with a list of its own, have `index [1|B, blocks, n]`. `own` says that
+    every row of a block sees the whole list (no -1), and besides it its own block's keys up to itself, which the
+    list leaves out: no mask is built then.
+    """
 
     rows: slice
     index: Tensor
+    own: bool = False
+
+    def split(self, first: int) -> Iterator["Chosen"]:
+        """The same, one list `[1|B, n]` a piece, nothing apart; `first` is the slot of the forward's first row."""
+        if self.index.ndim == 2:
+            yield self
+            return
+        blocks = self.index.shape[1]
+        t = (self.rows.stop - self.rows.start) // blocks
+        for i in range(blocks):
+            rows, index = slice(self.rows.start + i * t, self.rows.start + (i + 1) * t), self.index[:, i]
+            if self.own:
+                own = torch.arange(first + rows.start, first + rows.stop, device=index.device)
+                index = torch.cat((index, own.expand(len(index), -1)), 1)
+            yield Chosen(rows, index)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,24 @@ class View(Protocol):
         """
         ...
 
+    def attend_blocks(
+        self,
+        q: Tensor,
+        index: Tensor,
+        *,
+        own: slice | None,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of `q [B, H, blocks * t, D]` in blocks of `t` rows, each over its list of `index [1|B, blocks, n]`.
+
+        `own` names the rows of the forward that `q` is: every row sees its block's whole list, and its block's own
+        keys up to itself (see `Chosen`). Returns out `[B, H, blocks * t, Dv]`.
+        """
+        ...
+
     def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """`q` and the keys `[B, Hk, S, D]` in one basis, and the keys' positions `[1|B, S]`.
 

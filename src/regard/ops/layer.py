@@ -58,8 +58,11 @@ def _gathered(
     for piece in pieces:
         own = step.only(arrivals[:, piece.rows])
         rows, index = q[:, :, piece.rows], piece.index
-        out, _ = view.attend(rows, pattern=slots.pattern, step=own, scale=scale, softcap=softcap, index=index)
-        outs.append(out)
+        call = {"pattern": slots.pattern, "step": own, "scale": scale, "softcap": softcap}
+        if index.ndim == 3:
+            outs.append(view.attend_blocks(rows, index, own=piece.rows if piece.own else None, **call))
+        else:
+            outs.append(view.attend(rows, index=index, **call)[0])
     return torch.cat(outs, dim=2)
 
 

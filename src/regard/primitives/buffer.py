@@ -10,8 +10,12 @@ from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Codec, Fields
+from regard.primitives.merge import merge
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
+
+# Numbers of keys that are gathered at once: on CPU what a cache holds, on a device what launches are worth.
+GATHERED = {"cpu": 2**20, "cuda": 2**25}
 
 
 def live_bytes(tensors: Iterable[Tensor]) -> int:
@@ -144,6 +148,56 @@ class Shown:
         )
         return out if self.value_codec is None else self.value_codec.output(out), lse
 
+    def attend_blocks(
+        self,
+        q: Tensor,
+        index: Tensor,
+        *,
+        own: slice | None,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of `q [B, H, blocks * t, D]`, block by block over the lists `index [1|B, blocks, n]`.
+
+        As many blocks run at once as `GATHERED` allows; see `View.attend_blocks`.
+        """
+        blocks, n = index.shape[1:]
+        t = q.shape[2] // blocks
+        held = self.live[0].shape[0] * self.live[0].shape[1] * self.live[0].shape[3]
+        most = max(1, GATHERED.get(q.device.type, 2**20) // max(1, n * max(held, t)))
+        q = q if self.key_codec is None else self.key_codec.query(q)
+        q_positions = step.queries(q.device)
+        parts, call = [], {"scale": scale, "softcap": softcap}
+        for i in range(0, blocks, most):
+            count = min(most, blocks - i)
+            rows = slice(i * t, (i + count) * t)
+            lists, some = index[:, i : i + count].flatten(1), fold(q[:, :, rows], count)
+            if own is None:
+                positions = pick(self._places(step, q.device), lists.clamp(min=0), 1).masked_fill(lists < 0, -1)
+                batch = max(len(positions), len(q_positions))
+                call |= {"pattern": pattern, "k_positions": positions.expand(batch, -1).reshape(-1, n)}
+                call |= {"q_positions": q_positions[:, rows].expand(batch, -1).reshape(-1, t)}
+                if batch == 1 and q.shape[0] > 1:
+                    call |= {name: call[name].repeat(q.shape[0], 1) for name in ("q_positions", "k_positions")}
+            else:
+                call |= {"pattern": None, "causal": False}
+            found = [self.run(some, *self._picked(lists, q.dtype, count), **call)] if n else []
+            if own is not None:
+                first = self.key_fields[0].shape[2] - self.live[0].shape[2] + own.start
+                mine = torch.arange(first + rows.start, first + rows.stop, device=q.device)[None]
+                found.append(self.run(some, *self._picked(mine, q.dtype, count), scale=scale, softcap=softcap))
+            parts.append(unfold(merge(found)[0], count))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        return out if self.value_codec is None else self.value_codec.output(out)
+
+    def _picked(self, index: Tensor, dtype: torch.dtype, blocks: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slots `index [1|B, blocks * n]`, `[B * blocks, Hk, n, *]` each."""
+        k = self._held(self.key_fields, self.key_codec, self.live[0], dtype, index)
+        v = self._held(self.value_fields, self.value_codec, self.live[1], dtype, index)
+        return fold(k, blocks), fold(v, blocks)
+
     def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """`q` and the keys `[B, Hk, S, D]` in one basis, and the keys' positions `[1|B, S]`."""
         k = self._held(self.key_fields, self.key_codec, self.live[0], q.dtype, None)
@@ -163,6 +217,16 @@ class Shown:
         if torch.is_grad_enabled() and live.requires_grad:
             return pick(_read(fields, codec, live, dtype), index.clamp(min=0), 2)
         return _read(tuple(pick(field, index.clamp(min=0), 2) for field in fields), codec, live, dtype)
+
+
+def fold(x: Tensor, blocks: int) -> Tensor:
+    """`[B, H, blocks * n, D]` as a batch of blocks, `[B * blocks, H, n, D]`."""
+    return x.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def unfold(x: Tensor, blocks: int) -> Tensor:
+    """What `fold` folded, put back."""
+    return x.unflatten(0, (-1, blocks)).transpose(1, 2).flatten(2, 3)
 
 
 def pick(x: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -121,6 +121,24 @@ class SplitView:
         """
         raise RegardError(f"heads hold different keys, in groups {self.heads}; there is no one list of them")
 
+    def attend_blocks(
+        self,
+        q: Tensor,
+        index: Tensor,
+        *,
+        own: slice | None,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Refused as `keys` is.
+
+        Raises:
+            RegardError: always.
+        """
+        return self.keys(q, step)[0]
+
     def attend(
         self,
         q: Tensor,
