@@ -14,7 +14,7 @@ def example(stem: str, decoder: Decoder) -> Recipe:
     """The card's own example, fitted tensors filled with a fixed random draw."""
     drawn = torch.Generator().manual_seed(0)
     fitted = {
-        name: torch.rand(*(getattr(decoder, str(axis), axis) for axis in option.shape), generator=drawn)
+        name: torch.rand(*option.sizes(decoder), generator=drawn)
         for name, option in catalog.find(stem).card.options.items()
         if option.kind == "tensor"
     }

@@ -27,6 +27,10 @@ class Option:
     optional: bool = False
     shape: tuple[str | int, ...] = ()
 
+    def sizes(self, model: Any) -> tuple[int, ...]:
+        """`shape` on `model`, anything that has the axes it names (`Where`, an opened decoder)."""
+        return tuple(getattr(model, axis) if isinstance(axis, str) else axis for axis in self.shape)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Card:

@@ -130,7 +130,7 @@ def stand_ins(entry: Entry, decoder: Decoder) -> dict[str, Tensor]:
     for name, option in entry.card.options.items():
         if option.kind == "tensor" and option.shape:
             low, high = (0.0 if option.low is None else option.low), (1.0 if option.high is None else option.high)
-            share = torch.rand(*(getattr(decoder, str(axis), axis) for axis in option.shape), generator=drawn)
+            share = torch.rand(*option.sizes(decoder), generator=drawn)
             found[name] = low + (high - low) * share
     return found
 
