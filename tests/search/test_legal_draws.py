@@ -10,10 +10,11 @@ from regard import catalog
 from regard.adapters.bind import bind
 from regard.adapters.families import open_decoder
 from regard.core.errors import RegardError
+from regard.core.placement import Placement
 from regard.recipes.legal import Legality, judge, stand_ins
 from regard.search.calibration import Calibration, calibrate
 from regard.search.report import render
-from regard.search.space import Space, sparing
+from regard.search.space import Space, sparing, tell
 from regard.search.study import search
 from search.fakes import LAYERS, SMALL, Letters, measurement, tiny_model, tiny_text
 from search.test_choosing import Draws
@@ -43,6 +44,17 @@ def score(placements, *, final):
     return measurement(0.01 * number + detail, 1 / (1 + len(stems)) + detail, 96 if final else 64)
 
 
+class Fixed:
+    """A trial that takes what it was told, and nothing else."""
+
+    def __init__(self, params):
+        self.params = params
+
+    def suggest_categorical(self, name, choices):
+        assert self.params[name] in choices
+        return self.params[name]
+
+
 class Measures:
     def __init__(self):
         self.calls = []
@@ -61,6 +73,26 @@ def run(out, entries, **more):
     return search(
         MODEL, Letters(), tiny_text(), mechanisms=entries, out=out, progress=False, **{**given, **SMALL, **more}
     )
+
+
+def test_placements_lead_back_to_their_draw(space):
+    Draws.offered = {}
+    for seed in range(60):
+        placed = space.suggest(Draws(random.Random(seed)))
+        params = space.draw(placed)
+        assert tell(space.suggest(Fixed(params))) == tell(placed)
+    with pytest.raises(RegardError, match=r"cannot begin with streaming.*never draws; the nearest .* is streaming"):
+        space.draw([Placement("streaming", options={"sink": 3, "window": 17})])
+
+
+def test_a_search_begins_with_what_it_is_given(fakes, tmp_path):
+    chosen = [fakes["miser"], fakes["cipher"]]
+    first = run(tmp_path / "one", chosen, trials=4)
+    wanted = [first.placements(row) for row in first.front if not row.dense]
+    again = run(tmp_path / "two", chosen, trials=6, begin_with=[*wanted, first.recipe])
+    assert [list(row.placements) for row in again.rows[: len(wanted)]] == [
+        list(row.placements) for row in first.front if not row.dense
+    ]
 
 
 def test_rivals_share_one_draw(space):

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from regard.catalog import Entry
+from regard.core.errors import RegardError
 from regard.core.placement import Indices, Placement
 from regard.recipes.legal import Legality, neutral
 
@@ -136,6 +137,31 @@ class Space:
                 found.append(script.params)
         return found[:most]
 
+    def draw(self, placements: Sequence[Placement]) -> dict[str, Any]:
+        """The draw that gives `placements`, trained tensors aside.
+
+        Raises:
+            RegardError: nothing drawn here gives them: another mechanism, value or choice of layers.
+        """
+        groups: dict[str, list[Placement]] = {}
+        for place in placements:
+            groups.setdefault(place.stem, []).append(place)
+        wanted: dict[str, Any] = {}
+        for stem, group in groups.items():
+            # The placement on the spared layers, if there is one, was written second.
+            first, other = group[0], group[-1]
+            wanted |= {f"{stem}.{name}": value for name, value in first.options.items()}
+            wanted |= {f"{stem}.{name}.spared": value for name, value in other.options.items()}
+            wanted[f"{stem}.spare"] = 0 if first.layers == "all" else self.layers - len(first.layers)
+        script = _Script(groups, wanted)
+        if tell(self.suggest(script)) != tell(placements):
+            near = words(tell(self.suggest(script)), self.layers)
+            raise RegardError(
+                f"a search cannot begin with {words(tell(placements), self.layers)}, which it never draws; the nearest "
+                f"it draws is {near}"
+            )
+        return script.params
+
     def _starts(self, entry: Entry) -> list[dict[str, Any]]:
         """First values of one mechanism: few bits everywhere, then more on a third, half, two thirds of the layers."""
         stem, finest = entry.stem, bits(entry)
@@ -187,6 +213,7 @@ class _Script:
             value = next((stem for stem in choices if stem in self.stems), NONE)
         else:
             value = self.wanted.get(name, choices[0])
+            value = value if value in choices else choices[0]
         self.params[name] = value
         return value
 

@@ -49,6 +49,7 @@ def search(
     study_name: str = "regard",
     out: str | Path | None = "regard-search",
     calibration: Calibration | None = None,
+    begin_with: Sequence[Any] = (),
     progress: bool = True,
     measure: Measures | None = None,
     **settings: Any,
@@ -68,6 +69,7 @@ def search(
         study_name: the study in it; one that exists is continued.
         out: folder for `recipe.yaml`, `front/`, `study.json`, `report.html`; None: nothing is written.
         calibration: what is known beforehand; None: computed, and cached in `out`.
+        begin_with: recipes (or lists of placements) of earlier searches, to be tried first.
         progress: show progress on standard error.
         measure: measures in place of the built-in scorer.
         **settings: any other field of `Plan`.
@@ -89,7 +91,7 @@ def search(
     chosen = run.judge(chosen, named=mechanisms is not None, tensors=calibration.tensors if calibration else {})
     try:
         run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen, mechanisms is not None)
-        run.open(storage, study_name, chosen)
+        run.open(storage, study_name, chosen, begin_with)
         run.trials()
         run.finals()
         run.attribute()
@@ -152,11 +154,12 @@ class _Search:
                 refuse=None if named else refuse,
             )
 
-    def open(self, storage: str | Path, name: str, chosen: Sequence[Entry]) -> None:
-        """Open or continue the study.
+    def open(self, storage: str | Path, name: str, chosen: Sequence[Entry], first: Sequence[Any]) -> None:
+        """Open or continue the study; recipes `first` are tried before all else.
 
         Raises:
-            RegardError: it was begun under other settings, or calibration left nothing to search.
+            RegardError: it was begun under other settings, calibration left nothing to search, or one of `first`
+                cannot be drawn.
         """
         chosen = [entry for entry in chosen if self.legal.allows(entry.stem)]
         _searchable(chosen, "; ".join(self.legal.alone.values()))
@@ -166,8 +169,9 @@ class _Search:
         self.book = Book(storage, name, space, larger, seed=self.plan.seed, sampler=self.plan.sampler)
         told = {"model": self.told["model"]["digest"], "text": self.told["text"], "plan": self.plan.fixed()}
         self.book.agree({**told, "space": space.describe(), "calibration": self.calibration.digest})
+        draws = [space.draw(getattr(recipe, "placements", recipe)) for recipe in first]
         # Half of the budget for what is worth trying anyway; the sampler has the rest.
-        self.book.begin_with(space.starts(1 + max(2, self.plan.trials // 2)))
+        self.book.begin_with([*draws, *space.starts(1 + max(2, (self.plan.trials - len(draws)) // 2))])
 
     def trials(self) -> None:
         """Draw and measure until the budget is spent."""
