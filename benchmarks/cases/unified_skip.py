@@ -25,7 +25,7 @@ HELD_OUT = 16_000
 
 def run(
     speed_up: int = 2,
-    minutes: int = 6,
+    minutes: int = 5,
     steps: int = 4000,
     batch: int = 32,
     length: int = 512,
