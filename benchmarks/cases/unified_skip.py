@@ -25,7 +25,7 @@ HELD_OUT = 16_000
 
 def run(
     speed_up: int = 2,
-    minutes: int = 6,
+    minutes: int = 5,
     steps: int = 4000,
     batch: int = 32,
     length: int = 512,
@@ -55,32 +55,28 @@ def run(
     tokens = text.tokenise(tokenizer, pretrained.demo_text())
     taught, held = tokens[:-HELD_OUT], tokens[-HELD_OUT:]
     judged = text.windows(held, length // 2, length // 2, windows)
-    started = time.monotonic()
+    layers, started = model.config.num_hidden_layers, time.monotonic()
     examples = blocks(taught, length)
     if samples:
         examples = torch.cat((examples, written(model, examples[:, :32], samples, length)))
-    sampled = time.monotonic() - started
-    layers = model.config.num_hidden_layers
     told = facts.machine(model) | {
         "model": facts.model_facts(model), "text": facts.text_digest(tokens), "speed_up": speed_up,
         "kept": {plan: list(kept_layers(layers, speed_up, plan)) for plan in ("even", "middle")},
-        "examples": len(examples), "written by the model": samples, "seconds for writing": sampled,
+        "examples": len(examples), "written by the model": samples, "seconds for writing": time.monotonic() - started,
         "batch": batch, "length": length, "rate": rate / 1e6, "distil": distil / 100, "windows": windows,
     }  # fmt: skip
-    reference = dense(model, judged)
-    weights = copy.deepcopy(model.state_dict())
+    reference, weights = dense(model, judged), copy.deepcopy(model.state_dict())
     how = {"batch": batch, "rate": rate / 1e6, "distil": distil / 100}
     rows, taken = [], steps
     for plan in ("even", "middle", "full depth"):
         model.load_state_dict(weights)
-        option = 1.0 if plan == "full depth" else float(speed_up)
-        placed = [Placement("unified_skip", options={"speed_up": option, "plan": "even" if option == 1 else plan})]
+        options = {"speed_up": 1.0} if plan == "full depth" else {"speed_up": float(speed_up), "plan": plan}
+        placed = [Placement("unified_skip", options=options)]
         rows.append(row(f"{plan}, as given", model, placed, reference, []))
         # Full depth costs most: the first gets less than a third, and the others as many steps as it took.
         budget = 60 * minutes * 0.27 if plan == "even" else None
         began = time.monotonic()
-        losses = finetune(model, examples, speed_up=option, plan=placed[0].options["plan"], steps=taken,
-                          seconds=budget, **how)  # fmt: skip
+        losses = finetune(model, examples, steps=taken, seconds=budget, **options, **how)
         taken = len(losses)
         rows.append(row(f"{plan}, fine-tuned", model, placed, reference, losses, time.monotonic() - began))
         if plan == "even" and timing:

@@ -98,7 +98,7 @@ def test_autocast_runs_attached_layers_in_the_low_dtype_and_close_to_it():
         ({"steps": 0}, "steps above 0"),
         ({"rate": float("nan")}, "rate above 0"),
         ({"speed_up": 3.0}, "keeps 1 of 3 layers"),
-        ({"rate": 1e9, "steps": 30}, "lower rate=1e"),
+        ({"rate": 1e9, "steps": 30}, "choose a lower rate"),
     ],
 )
 def test_what_cannot_be_trained_is_named(change, message):

@@ -6,13 +6,17 @@ import torch
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.ops.attention import attend
-from regard.primitives.ragged import Ragged
+from regard.primitives.stores import build
 
 TOTAL, SINK, RECENT = 40, 2, 6
 G = torch.Generator().manual_seed(0)
 Q, K, V = (torch.randn(2, heads, TOTAL, 8, generator=G, dtype=torch.float64) for heads in (4, 2, 2))
 CPU = torch.device("cpu")
 WINDOW = Pattern.sink(SINK) | Pattern.window(RECENT)
+
+
+def ragged(pattern):
+    return build(pattern, [None] * 2, [None] * 2, 2, attend, ragged=True)
 
 
 def read(store, rows, step, pattern):
@@ -31,7 +35,7 @@ def dense(pattern, present):
 @pytest.mark.parametrize("widths", [[1] * TOTAL, [7] * 6, [16, 1, 1, 5, 17], [40]], ids=str)
 @pytest.mark.parametrize("pattern", [Pattern.causal(), WINDOW], ids=["all", "window"])
 def test_a_view_outlives_what_its_forward_evicts(widths, pattern):
-    store = Ragged(attend) if pattern.is_causal else Ragged(attend, SINK, RECENT)
+    store = ragged(pattern)
     want, start = dense(pattern, torch.ones(TOTAL, dtype=torch.bool)), 0
     for width in widths:
         rows = slice(start, min(start + width, TOTAL))
@@ -45,7 +49,7 @@ def test_a_view_outlives_what_its_forward_evicts(widths, pattern):
 @torch.no_grad()
 @pytest.mark.parametrize("pattern", [Pattern.causal(), WINDOW], ids=["all", "window"])
 def test_rows_that_pass_by_leave_nothing_and_positions_are_asked_only_then(pattern):
-    store = Ragged(attend) if pattern.is_causal else Ragged(attend, SINK, RECENT)
+    store = ragged(pattern)
     present = torch.ones(TOTAL, dtype=torch.bool)
     present[12:20] = present[25:30:2] = False
     want = dense(pattern, present)
@@ -64,7 +68,7 @@ def test_rows_that_pass_by_leave_nothing_and_positions_are_asked_only_then(patte
 
 @torch.no_grad()
 def test_a_crop_behind_a_gap_forgets_what_came_after_it():
-    store = Ragged(attend)
+    store = ragged(Pattern.causal())
     read(store, slice(0, 12), Step(0, 12, 2, CPU), Pattern.causal())
     store.advance(Step(12, 8, 2, CPU))
     store.crop(9)

@@ -144,7 +144,7 @@ def test_the_most_sensitive_layers_are_spared():
     fixed |= {"saw_int4.key_bits.spared": 8, "saw_int4.value_bits.spared": 4}
     Draws.offered = {}
     draw = Draws(random.Random(0))
-    draw.params = fixed
+    draw.params = {f"use.{stem}": False for stem in catalog.entries()} | fixed
     coarse, fine = space(6, order={"saw_int4": order}).suggest(draw)
     assert fine.layers == (3, 5)
     assert fine.options["key_bits"] == 8
@@ -157,7 +157,7 @@ def test_neutral_settings_place_nothing():
     fixed |= {"saw_int4.key_bits": 16, "saw_int4.value_bits": 16}
     Draws.offered = {}
     draw = Draws(random.Random(0))
-    draw.params = fixed
+    draw.params = {f"use.{stem}": False for stem in catalog.entries()} | fixed
     assert space().suggest(draw) == []
 
 

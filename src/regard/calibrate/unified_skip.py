@@ -24,6 +24,8 @@ from regard.core.placement import Placement
 Progress = Callable[[int, int], None]
 # The paper's: the rate rises over the first 3 % of the steps and falls to 0 along a cosine.
 WARM_UP = 0.03
+# Largest norm of a gradient.
+CLIP = 1.0
 
 
 def finetune(
@@ -38,7 +40,6 @@ def finetune(
     prompt: int | None = None,
     rate: float = 2e-5,
     distil: float = 0.0,
-    clip: float = 1.0,
     seconds: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -46,9 +47,8 @@ def finetune(
     """Train `model` in place for responses at `kept_layers(layers, speed_up, plan)`; returns the loss of each step.
 
     The loss is `(1 - distil) CE + distil KL(full depth || skipped)` of the response tokens, in nats a token; full
-    depth is the model as it was given. AdamW without weight decay; the input embeddings are frozen, and output
-    embeddings tied to them. On CUDA products run in bfloat16 by autocast. No dropout. `speed_up` 1 trains the
-    model as it is, a control.
+    depth is the model as it was given. AdamW without weight decay or dropout; input embeddings, and output ones
+    tied to them, are frozen. On CUDA products run in bfloat16. `speed_up` 1 trains the model as it is, a control.
 
     Args:
         model: any causal language model `regard.attach` takes, float32, not attached.
@@ -61,17 +61,16 @@ def finetune(
         prompt: prompt tokens of every example; None: drawn for every step, up to half of an example.
         rate: largest learning rate.
         distil: share of the distillation loss, 0 to 1.
-        clip: largest gradient norm.
         seconds: stop after about so long; the schedule is run through all the same.
         seed: of what is drawn.
         progress: told steps done and steps in all.
 
     Raises:
         RegardError: the text is too short, an option is out of bounds, the weights are of 16 bits, the model is
-            attached, or the loss is not finite (the step is not taken).
+            attached, or a loss is not finite (its step is not taken).
     """
     size = length if tokens.ndim == 1 else tokens.shape[1]
-    _check(model, tokens, size, prompt, steps=steps, batch=batch, rate=rate, distil=distil, clip=clip)
+    _check(model, tokens, size, prompt, steps=steps, batch=batch, rate=rate, distil=distil)
     teacher = copy.deepcopy(model).eval().requires_grad_(False) if distil else None
     drawn, losses = torch.Generator().manual_seed(seed), []
     placed = [Placement("unified_skip", options={"speed_up": float(speed_up), "plan": plan})]
@@ -79,25 +78,34 @@ def finetune(
         optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
         start, done = time.monotonic(), 0.0
         while len(losses) < steps and done < 1:
-            for group in optimiser.param_groups:
-                group["lr"] = rate * schedule(done)
             ids = _draw(tokens, size, batch, drawn).to(model.device)
             ends = prompt or int(torch.randint(1, size // 2 + 1, (1,), generator=drawn))
             with _precision(model), handle.prompting(ends):
                 loss = response_loss(model, ids, ends, teacher, distil)
-            losses.append(float(loss.detach()))
-            if not math.isfinite(losses[-1]):
-                raise RegardError(f"the loss of step {len(losses)} is {losses[-1]}; lower rate={rate:g}")
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights, clip)
-            optimiser.step()
+            losses.append(_step(optimiser, loss, rate * schedule(done)))
             spent = 0.0 if seconds is None else (time.monotonic() - start) / seconds
             done = max(len(losses) / steps, spent)
             if progress is not None:
                 progress(len(losses), steps)
-        optimiser.zero_grad()
     return losses
+
+
+def _step(optimiser: torch.optim.Optimizer, loss: Tensor, rate: float) -> float:
+    """One step down `loss`, returned; gradients are gone afterwards.
+
+    Raises:
+        RegardError: it is not finite; no step is taken.
+    """
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise RegardError(f"the loss became {value}; choose a lower rate than {rate:g}")
+    loss.backward()
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+        torch.nn.utils.clip_grad_norm_(group["params"], CLIP)
+    optimiser.step()
+    optimiser.zero_grad()
+    return value
 
 
 def response_loss(model: Any, ids: Tensor, prompt: int, teacher: Any = None, distil: float = 0.0) -> Tensor:
@@ -178,7 +186,7 @@ def _check(model: Any, tokens: Tensor, size: int, prompt: int | None, **numbers:
         raise RegardError(f"fine-tuning on examples of {size} tokens needs a text as long, got {len(tokens)} tokens")
     if size < 2 or (prompt is not None and not 1 <= prompt < size):
         raise RegardError(f"an example of {size} tokens needs 1 <= prompt < {size}, got prompt={prompt}")
-    for name in ("steps", "batch", "rate", "clip"):
+    for name in ("steps", "batch", "rate"):
         if not numbers[name] > 0:
             raise RegardError(f"fine-tuning needs {name} above 0, got {numbers[name]}")
     if not 0 <= numbers["distil"] <= 1:
