@@ -46,7 +46,7 @@ FAKES = {
     "cache/hoard": (KEEP, "memory", False, (4, 6)),
     "cache/miser": (KEEP, "memory", False, (1, 2)),
     "cache/cipher": (ENCODE, "memory", False, (1, 2)),
-    "masks/planner": (ALLOW, "compute", True, (4, 5)),
+    "masks/planner": (ALLOW, "memory", True, (4, 5)),
     "masks/picky": (PICKY, "memory", False, (4, 6)),
     "masks/odd": (ODD, "memory", False, (1, 2, 3)),
 }

@@ -38,11 +38,18 @@ def test_real_mechanisms_alone_and_in_pairs(llama):
     for entry in entries:
         tried = [Placement(entry.stem, options=o, tensors=stand_ins(entry, llama)) for o in settings(entry)]
         assert got.allows(entry.stem) == any(served(llama, place) for place in tried)
+    assert "both decide how the keys of layer 0 are read" in got.clash("act", "dhsa")
+    assert "lets heads of layer 0 hold different ones" in got.clash("s2", "dhsa")
+    assert "lets rows pass by" in got.clash("iri", "adsc")
     for one, other in itertools.combinations(entries, 2):
+        clash = got.clash(one.stem, other.stem)
+        assert clash == got.clash(other.stem, one.stem)
         if got.allows(one.stem) and got.allows(other.stem):
-            both = {"keep", "encode"} & set(one.verbs) & set(other.verbs)
-            assert bool(got.clash(one.stem, other.stem)) == bool(both), (one.stem, other.stem)
-            assert got.clash(one.stem, other.stem) == got.clash(other.stem, one.stem)
+            able = [
+                [place for o in settings(e) if served(llama, place := Placement(e.stem, options=o, tensors=t))]
+                for e, t in ((e, stand_ins(e, llama)) for e in (one, other))
+            ]
+            assert (clash is None) == any(served(llama, *both) for both in itertools.product(*able)), (one, other)
 
 
 def test_a_family_refuses_and_its_reason_is_kept(llama):

@@ -168,7 +168,7 @@ def test_only_what_can_be_spared_is_probed(fakes, monkeypatch):
         return tiny_text()[:LAYERS].double()
 
     monkeypatch.setattr("regard.search.calibration.probe", probe)
-    chosen = [fakes["planner"], fakes["hoard"], *map(catalog.find, ("s2", "mergelock", "streaming"))]
+    chosen = [fakes["planner"], fakes["hoard"], *map(catalog.find, ("selective", "mergelock", "streaming"))]
     found = calibrate(MODEL, tiny_text(), chosen, LAYERS)
     assert probed == ["hoard", "streaming"] == sorted(found.sensitivity)
 

@@ -57,8 +57,7 @@ def search(
     """Search for placements on `model` that trade quality for bytes and seconds; after Ctrl-C, what was finished.
 
     Args:
-        model: a transformers causal language model.
-        tokenizer: its tokenizer.
+        model, tokenizer: a transformers causal language model and its tokenizer.
         text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
         mechanisms: names to search over; None: all that save what is asked for, can stand here and can be fitted here.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
@@ -82,12 +81,10 @@ def search(
     storage = storage or (folder and folder / "study.db")
     if not storage:
         raise RegardError("a search needs a storage: give storage=..., or out=... for an SQLite file")
-    criteria = (*plan.objectives, *(constraint.name for constraint in plan.constraints))
-    tokens, chosen = _tokens(tokenizer, text), _mechanisms(mechanisms, criteria)
+    tokens, chosen = _tokens(tokenizer, text), _mechanisms(mechanisms, plan)
     parts = cut(tokens, plan)
-    run = _Search(model, plan, folder, progress)
+    run = _Search(model, plan, folder, progress, tokens)
     run.measure = measure or Scorer(model, tokenizer, parts, plan)
-    run.told = {"model": facts.model_facts(model), "text": facts.text_digest(tokens), "tokens": len(tokens)}
     chosen = run.judge(chosen, named=mechanisms is not None, tensors=calibration.tensors if calibration else {})
     try:
         run.calibration = calibration or run.calibrate(parts.calibration[:FIT_TOKENS], chosen, mechanisms is not None)
@@ -105,13 +102,17 @@ class _Search:
 
     measure: Measures
     calibration: Calibration
-    told: dict[str, Any]
     book: Book | None = None
     interrupted = False
 
-    def __init__(self, model: Any, plan: Plan, folder: Path | None, progress: bool):
+    def __init__(self, model: Any, plan: Plan, folder: Path | None, progress: bool, tokens: Tensor):
         self.model, self.plan, self.folder = model, plan, folder
         self.decoder = open_decoder(model)
+        self.told: dict[str, Any] = {
+            "model": facts.model_facts(model),
+            "text": facts.text_digest(tokens),
+            "tokens": len(tokens),
+        }
         self.shape = {name: getattr(self.decoder, name) for name in ("layers", "heads", "kv_heads", "head_dim")}
         self.legal = Legality()
         self.screen = Screen(progress, self.shape["layers"])
@@ -364,7 +365,7 @@ class _Search:
         return f"{count}; best: {figures(best.scores)}" if best else count
 
 
-def _mechanisms(written: Sequence[str | Entry] | None, criteria: Sequence[str]) -> list[Entry]:
+def _mechanisms(written: Sequence[str | Entry] | None, plan: Plan) -> list[Entry]:
     """The entries to search over.
 
     Raises:
@@ -376,7 +377,7 @@ def _mechanisms(written: Sequence[str | Entry] | None, criteria: Sequence[str]) 
             if why := unfittable(entry):
                 raise RegardError(why)
     else:
-        chosen = default_mechanisms(criteria)
+        chosen = default_mechanisms((*plan.objectives, *(constraint.name for constraint in plan.constraints)))
     _searchable(chosen)
     return chosen
 

@@ -36,7 +36,7 @@ CARD = Card(
             kind="float",
             default=2.0,
             low=1.0,
-            search=(1.2, 1.5, 2.0),
+            search=(1.1, 1.2),
             doc="target speed-up of decoding: floor(layers / speed_up) layers are kept",
         ),
         "plan": Option(
