@@ -145,7 +145,7 @@ def record(handle: Handle, tape: Tape) -> None:
         def encode(x: Tensor) -> tuple[Tensor, ...]:
             fields, step = codec.encode(x), handle._requests.layer(place[0]).step
             assert step is not None
-            tape.setdefault(place, []).append((step.arrivals.expand(len(x), -1), fields))
+            tape.setdefault(_here(handle, place), []).append((step.arrivals.expand(len(x), -1), fields))
             return fields
 
         return replace(codec, encode=encode)
@@ -155,7 +155,7 @@ def record(handle: Handle, tape: Tape) -> None:
         every = [Chosen(slice(0, reading.query.shape[2]), torch.arange(reading.key.shape[2])[None])]
         first = reading.key.shape[2] - reading.query.shape[2]
         for piece in (one for whole in pieces or every for one in whole.split(first)):
-            rows = reading.step.arrivals[0, piece.rows]
+            rows = reading.step.arrivals[:, piece.rows]
             tape.setdefault(place, []).append((rows, _arrivals(reading, piece.index)))
         return pieces
 
@@ -163,7 +163,7 @@ def record(handle: Handle, tape: Tape) -> None:
         segments = choose(reading)
         told = torch.zeros(1, 1, 1, reading.key.shape[2], dtype=torch.long) if segments is None else segments
         every = torch.arange(reading.key.shape[2])[None]
-        tape.setdefault(place, []).append((reading.step.arrivals[0], _arrivals(reading, every), told))
+        tape.setdefault(place, []).append((reading.step.arrivals, _arrivals(reading, every), told))
         return segments
 
     def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
@@ -182,7 +182,7 @@ def replay(handle: Handle, tape: Tape) -> None:
         def encode(x: Tensor) -> tuple[Tensor, ...]:
             own = codec.encode(x)
             recorded = tuple(field.clone() for field in own)
-            for arrivals, fields in tape[place]:
+            for arrivals, fields in tape[_here(handle, place)]:
                 for row, at in enumerate(arrivals):
                     for field, new in zip(recorded, fields, strict=True):
                         field[row][:, at[at >= 0]] = new[row][:, at >= 0]
@@ -193,16 +193,29 @@ def replay(handle: Handle, tape: Tape) -> None:
         return replace(codec, encode=encode)
 
     def select(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
-        return [Chosen(slice(int(rows[0]), int(rows[-1]) + 1), index) for rows, index in tape[place]]
+        batch, _, rows, _ = reading.query.shape
+        # A row that passed the layer by chose nothing; what it reads here is forgotten.
+        lists = {(b, t): torch.arange(reading.key.shape[2]) for b in range(batch) for t in range(rows)}
+        for arrivals, index in tape[place]:
+            for b, at in _each(arrivals, batch):
+                lists[b, int(arrivals[min(b, len(arrivals) - 1), at])] = index[min(b, len(index) - 1)]
+        pieces = []
+        for t in range(rows):
+            told = [lists[b, t] for b in range(batch)]
+            index = torch.nn.utils.rnn.pad_sequence(told, batch_first=True, padding_value=-1)
+            pieces.append(Chosen(slice(t, t + 1), index))
+        return pieces
 
     def split(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         batch, heads, rows, keys = (*reading.query.shape[:3], reading.key.shape[2])
-        segments = torch.zeros(batch, heads, rows, keys, dtype=torch.long)
-        for at, arrivals, told in tape[place]:
-            real = told.expand(batch, heads, len(at), -1) * (arrivals >= 0)[:, None, None]
-            index = arrivals.clamp(min=0)[:, None, None].expand(batch, heads, len(at), -1)
-            segments[:, :, at] = segments[:, :, at].scatter_reduce(3, index, real.long(), "amax")
-        return segments
+        # One more key, for those that are none.
+        segments = torch.zeros(batch, heads, rows, keys + 1, dtype=torch.long)
+        for arrivals, index, told in tape[place]:
+            shape = (batch, heads, arrivals.shape[1], index.shape[1])
+            index, told = index.remainder(keys + 1).expand(batch, -1), told.expand(shape)
+            for b, at in _each(arrivals, batch):
+                segments[b, :, int(arrivals[min(b, len(arrivals) - 1), at])][:, index[b]] = told[b, :, at].long()
+        return segments[..., :-1]
 
     def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         # One more column, for rows that a batch row does not have.
@@ -214,6 +227,16 @@ def replay(handle: Handle, tape: Tape) -> None:
         return runs[:, :-1]
 
     _rewrite(handle, codec, select, split, feed)
+
+
+def _here(handle: Handle, place: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`place` in the request, or in its second branch."""
+    return (*place, handle._requests._aside)
+
+
+def _each(arrivals: Tensor, batch: int) -> Iterator[tuple[int, int]]:
+    """Batch row and offset of all that `arrivals [1|B, R]` names."""
+    return ((b, at) for b in range(batch) for at, a in enumerate(arrivals[min(b, len(arrivals) - 1)]) if a >= 0)
 
 
 def _arrivals(reading: Reading, index: Tensor) -> Tensor:
@@ -229,26 +252,29 @@ def _arrivals(reading: Reading, index: Tensor) -> Tensor:
 
 
 def _rewrite(handle: Handle, codec, select, split, feed) -> None:
-    """Put wrappers round every codec (the same object where heads shared one) and every choice."""
+    """Put wrappers round every codec (one object where heads share codec and store) and every choice."""
     slots: list[Slots | None] = list(handle.slots)
     for layer, slot in enumerate(slots):
         if slot is None:
             continue
-        new: dict[tuple[str, int], Codec] = {}
+        new: dict[tuple[Any, ...], Codec] = {}
+        reach = slot.pattern.reach() * (len(slot.key_codec) if slot.pattern.heads is None else 1)
+        held = (reach, slot.key_codec, slot.value_codec)
         changed: dict[str, Any] = {}
         for side in ("key_codec", "value_codec"):
-            for head, held in enumerate(getattr(slot, side)):
-                if held is not None and (side, id(held)) not in new:
-                    new[(side, id(held))] = codec(held, (layer, side, head))
-            changed[side] = tuple(None if c is None else new[(side, id(c))] for c in getattr(slot, side))
+            names = [(side, *map(id, codecs), reach) for reach, *codecs in zip(*held, strict=True)]
+            for head, (name, own) in enumerate(zip(names, getattr(slot, side), strict=True)):
+                if own is not None and name not in new:
+                    new[name] = codec(own, (layer, side, head))
+            changed[side] = tuple(new.get(name) for name in names)
         for site, name, wrap in (("select", "choose", select), ("reweigh", "split", split), ("feed", "choose", feed)):
             changed[site] = tuple(
-                replace(edit, **{name: _wrapped(wrap, (layer, site, n), getattr(edit, name))})
+                replace(edit, **{name: _wrapped(handle, wrap, (layer, site, n), getattr(edit, name))})
                 for n, edit in enumerate(getattr(slot, site))
             )
         slots[layer] = replace(slot, **changed)
     handle.slots = handle._requests.slots = tuple(slots)
 
 
-def _wrapped(wrap: Callable[..., Any], place: tuple[Any, ...], choose: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda told: wrap(told, place, choose)
+def _wrapped(handle: Handle, wrap: Callable[..., Any], place: tuple[Any, ...], choose: Callable[..., Any]):
+    return lambda told: wrap(told, _here(handle, place), choose)

@@ -57,7 +57,8 @@ def search(
     """Search for placements on `model` that trade quality for bytes and seconds; after Ctrl-C, what was finished.
 
     Args:
-        model, tokenizer: a transformers causal language model and its tokenizer.
+        model: a transformers causal language model.
+        tokenizer: its tokenizer.
         text: text to measure on; a `Path` is read; a tensor `[n]` holds token ids.
         mechanisms: names to search over; None: all that save what is asked for, can stand here and can be fitted here.
         objectives: scores to trade off; the first leads (`kl`, `bytes`, `decode`, `prefill`, `recall`, ...).
@@ -82,8 +83,7 @@ def search(
     if not storage:
         raise RegardError("a search needs a storage: give storage=..., or out=... for an SQLite file")
     tokens, chosen = _tokens(tokenizer, text), _mechanisms(mechanisms, plan)
-    parts = cut(tokens, plan)
-    run = _Search(model, plan, folder, progress, tokens)
+    parts, run = cut(tokens, plan), _Search(model, plan, folder, progress, tokens)
     run.measure = measure or Scorer(model, tokenizer, parts, plan)
     chosen = run.judge(chosen, named=mechanisms is not None, tensors=calibration.tensors if calibration else {})
     try:
