@@ -19,9 +19,9 @@ SOURCES := pyproject.toml constraints.txt
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 PYTEST := -m pytest -q -n $(WORKERS) --dist worksteal --timeout 600
 
-.PHONY: help demo test test-newest test-floor lint format docs clean chromium
+.PHONY: help demo test test-newest test-floor test-long lint format docs clean chromium
 help:
-	@echo "make demo | test | lint | format | docs | clean"
+	@echo "make demo | test | test-long | lint | format | docs | clean"
 
 demo: $(STAMP)-demo
 	$(BIN)/regard search demo --constraint "bytes<=0.4" --out demo-out
@@ -29,11 +29,16 @@ demo: $(STAMP)-demo
 test: test-newest test-floor
 
 test-newest: $(STAMP)-test chromium
-	$(TEST_ENV) $(BIN)/python $(PYTEST) tests
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -m "not long" tests
 
 # What touches transformers, on the oldest version that regard accepts.
 test-floor: .venv-floor/.stamp
-	$(TEST_ENV) $(FLOOR)/python $(PYTEST) $(wildcard tests/adapters tests/contracts tests/models)
+	$(TEST_ENV) $(FLOOR)/python $(PYTEST) -m "not long" $(wildcard tests/adapters tests/contracts tests/models)
+
+# Every way of generating on the families that `test` leaves out, on both versions.
+test-long: $(STAMP)-test .venv-floor/.stamp
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -m long tests/contracts
+	$(TEST_ENV) $(FLOOR)/python $(PYTEST) -m long tests/contracts
 
 lint: $(STAMP)-lint
 	$(BIN)/ruff check .
