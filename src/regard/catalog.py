@@ -5,6 +5,7 @@ no list is kept: a new file is known by standing in its folder.
 """
 
 import ast
+import functools
 import importlib
 import importlib.util
 import math
@@ -67,7 +68,7 @@ def entries(*roots: Path) -> dict[str, Entry]:
     for root in (OPS, *map(Path, roots)):
         for path in sorted(root.glob("*/*.py")):
             if not path.name.startswith("_"):
-                found.setdefault(path.stem, []).append(_read(path, root))
+                found.setdefault(path.stem, []).append(_read(path, root, path.stat().st_mtime_ns))
     named = {(e.stem if len(group) == 1 else e.name): e for group in found.values() for e in group}
     return dict(sorted(named.items()))
 
@@ -167,7 +168,9 @@ def _join(values: Iterable[Any]) -> str:
     return ", ".join(repr(v) for v in values)
 
 
-def _read(path: Path, root: Path) -> Entry:
+@functools.cache
+def _read(path: Path, root: Path, changed: int) -> Entry:
+    """The mechanism in `path`, read again only after a change."""
     text = path.read_text(encoding="utf-8")
     site = path.parent.name
     verbs = tuple(v for v in VERBS.get(site, ()) if re.search(rf"^def {v}\(", text, re.MULTILINE))

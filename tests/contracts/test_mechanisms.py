@@ -14,7 +14,7 @@ from regard.measure.quality import quality
 from regard.measure.text import windows
 
 SUBJECTS = [pytest.param(stem, family, id=f"{stem}-{family}") for stem in MECHANISMS for family in FAMILIES]
-# Of each kind one: plain, windows in some layers, norms behind parts, no rotary positions, fused weights, a vision model.
+# One of each kind: plain, windows in some layers, norms behind parts, no rotary positions, fused weights, images.
 CORE = ("llama", "qwen2", "gemma3", "gpt2", "gpt_neox", "qwen2_5_vl")
 GENERATED = [
     pytest.param(stem, family, id=f"{stem}-{family}", marks=() if family in CORE else pytest.mark.long)

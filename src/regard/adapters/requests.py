@@ -168,9 +168,12 @@ class Requests:
     def _marked(self, batch: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
         """The marks in force, `[1|B, n]` bool by arrival."""
         if not isinstance(self._marks, tuple):
-            if self._marks is not None and self._marks.shape[0] not in (1, batch):
+            if self._marks is None or self._marks.shape[0] in (1, batch):
+                return self._marks
+            if self._marks.shape[0] != self.rows or batch % self.rows:
                 raise RegardError(f"marks of {self._marks.shape[0]} rows for a batch of {batch}")
-            return self._marks
+            # `generate` repeats each row for its beams or sequences.
+            return self._marks.repeat_interleave(batch // self.rows, dim=0)
         start, stop = self._marks
         shift = torch.zeros(1, dtype=torch.long) if padding is None else padding.cpu()
         arrivals = torch.arange(stop + int(shift.max())) - shift[:, None]

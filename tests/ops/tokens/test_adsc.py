@@ -129,3 +129,19 @@ def test_a_span_in_the_padding_is_refused():
     refused = pytest.raises(RegardError, match="padding")
     with regard.attach(model, recipe) as handle, handle.prompting(24), handle.marking(marks), refused:
         at_once(model, ids, mask)
+
+
+def test_marks_follow_rows_that_generate_repeats():
+    model = tiny("llama").double()
+    ids, mask = prompts(length=21, padding=4)
+    marks = torch.zeros(2, 21, dtype=torch.bool)
+    marks[0, 8:16] = marks[1, 2:12] = True
+    recipe = regard.Recipe([regard.place("adsc", at="1,2", factors="2")])
+    how = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6}
+    with regard.attach(model, recipe) as handle:
+        with handle.marking(marks):
+            together = model.generate(ids, attention_mask=mask, **how)
+        for row, pad in enumerate([4, 0]):
+            with handle.marking(marks[row : row + 1, pad:]):
+                alone = model.generate(ids[row : row + 1, pad:], attention_mask=mask[row : row + 1, pad:], **how)
+            assert torch.equal(together[row, pad:], alone[0])
