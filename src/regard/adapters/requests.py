@@ -170,10 +170,11 @@ class Requests:
         if not isinstance(self._marks, tuple):
             if self._marks is None or self._marks.shape[0] in (1, batch):
                 return self._marks
-            if self._marks.shape[0] != self.rows or batch % self.rows:
-                raise RegardError(f"marks of {self._marks.shape[0]} rows for a batch of {batch}")
+            rows = self._marks.shape[0]
+            if rows != self.rows or batch % rows:
+                raise RegardError(f"marks of {rows} rows for a batch of {batch}")
             # `generate` repeats each row for its beams or sequences.
-            return self._marks.repeat_interleave(batch // self.rows, dim=0)
+            return self._marks.repeat_interleave(batch // rows, dim=0)
         start, stop = self._marks
         shift = torch.zeros(1, dtype=torch.long) if padding is None else padding.cpu()
         arrivals = torch.arange(stop + int(shift.max())) - shift[:, None]
