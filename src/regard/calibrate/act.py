@@ -4,7 +4,7 @@ One head at a time is calibrated, and kept if held-out text is then more likely 
 Heads without a sink in the text cannot change anything, so they are not tried.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from regard.adapters.intercept import intercept
 from regard.adapters.seam import Call, open_free
+from regard.calibrate.common import Progress
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Placement
@@ -24,8 +25,6 @@ from regard.measure.text import Window
 from regard.measure.text import windows as cut
 from regard.ops.attention import attend
 from regard.ops.probabilities import act
-
-Progress = Callable[[int, int], None]
 
 
 def fit(

@@ -4,8 +4,6 @@ Labels come from the frozen model's own attention: a chunk begins where later qu
 much more than at those on the other. The predictor sees keys only, and learns to tell.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, pad
@@ -13,11 +11,11 @@ from torch.nn.functional import binary_cross_entropy_with_logits, pad
 from regard.adapters.families import open_decoder
 from regard.adapters.intercept import intercept
 from regard.adapters.seam import Call
+from regard.calibrate.common import Progress
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.ops.sparsity.dhsa import CARD, SIDE, Predictor, gaps
 
-Progress = Callable[[int, int], None]
 NAMES = ("mixer", "shifts", "hidden", "head")
 # Queries whose attention is built at once, and later rows that count in sliding layers.
 BLOCK, SLIDING = 128, 4096

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from regard.adapters.families import Decoder, open_decoder
 from regard.adapters.install import install
+from regard.calibrate.common import Progress
 from regard.core.errors import RegardError
 from regard.core.placement import Placement
 from regard.measure.replay import forward, quiet
 from regard.ops.depth.ffn_skip import saturation
 
-Progress = Callable[[int, int], None]
 # The prompt of a measurement; what follows it is decoded.
 PROMPT = 16
 HALVINGS = 12

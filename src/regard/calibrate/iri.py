@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from regard.adapters.families import Decoder
 from regard.adapters.seam import open_free
+from regard.calibrate.common import Progress
 from regard.core.errors import RegardError
 from regard.measure.replay import forward, quiet
 
-Progress = Callable[[int, int], None]
 PARTS = ("attention", "feed_forward")
 # A sample whose noise costs the answer less than this cannot tell what restores it.
 LEAST = 1e-3

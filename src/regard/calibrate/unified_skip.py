@@ -9,7 +9,7 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.adapters.install import install
+from regard.calibrate.common import Progress
 from regard.core.errors import RegardError
 from regard.core.placement import Placement
 
-Progress = Callable[[int, int], None]
 # The paper's: the rate rises over the first 3 % of the steps and falls to 0 along a cosine.
 WARM_UP = 0.03
 # Largest norm of a gradient.
