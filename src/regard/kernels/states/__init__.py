@@ -1,0 +1,1 @@
+"""The gated recurrence on a GPU: forward, gradients, decode step."""

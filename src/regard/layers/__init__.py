@@ -1,0 +1,1 @@
+"""Modules with weights of their own, built around the pure functions in `ops`."""

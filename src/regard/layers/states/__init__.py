@@ -1,0 +1,1 @@
+"""Mixers: a recurrent mechanism with its projections, convolutions, gates and norms (`Mixer`)."""

@@ -1,0 +1,1 @@
+"""The product of queries, keys and values, replaced by a state: `scan(q, k, v, ...) -> (out, state)`."""

@@ -1,0 +1,1 @@
+"""Training small models from nothing: the loop, its checkpoints, its data."""
