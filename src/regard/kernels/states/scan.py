@@ -1,0 +1,480 @@
+"""The gated recurrence (docs/design.md, section 7) on a GPU: one call, forward and every gradient.
+
+A gradient is a scan. With u what is written (v, or the delta rule's correction), `<` before, and weights w:
+
+    out_i = sum_{j <= i} (q_i . k_j) w_ij u_j        dq_i = sum_{j <= i} (dout_i . u_j) w_ij k_j
+    du_j = sum_{i >= j} (k_j . q_i) w_ij dout_i      dk_j = sum_{i >= j} (u_j . dout_i) w_ij q_i
+
+and the delta rule adds to dk the same sums over earlier and later tokens, strict, with -dv in place of dout
+and k in place of q, because its correction reads the state as a query would.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from regard.kernels.states import delta as delta_rule
+from regard.kernels.states.factor import factor, mend, mend_gradients
+from regard.kernels.states.gates import gates
+from regard.kernels.states.segments import EVERY, cut, join
+from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
+
+SIZES = (16, 32, 64, 128, 256)
+CHUNK = 64
+# Chunks that one program looks through for wide ones.
+LOOK = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def refuses(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    delta: bool = False,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> str | None:
+    """Why the kernels cannot do this call, or None if they can."""
+    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        return f"Triton needs a GPU, these tensors are on {q.device.type}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        return (
+            f"the kernels take q, k, v of one dtype, bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
+        )
+    for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
+        if size not in SIZES:
+            return f"the kernels take {name} of {', '.join(map(str, SIZES))}, got {size}"
+    if 0 in q.shape:
+        return "there is nothing to compute"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight."""
+
+    block: int
+    warps: int
+    stages: int
+
+
+def launch(kernel: str, dim: int, columns: int, channels: bool, dtype: torch.dtype) -> Launch:
+    """A fixed table, so that nothing is tried at run time."""
+    if dtype == torch.float32:
+        return Launch(min(columns, 32 if dim > 64 else 64), 4 if dim <= 64 else 8, 1)
+    if dim > 128:
+        return Launch(min(columns, 32), 8, 1)
+    return Launch(min(columns, 64), 4, 2)
+
+
+def scan(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    decay: Tensor | None = None,
+    beta: Tensor | None = None,
+    delta: bool = False,
+    scale: float = 1.0,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`regard.scan` for calls that `refuses` does not refuse, values unchecked.
+
+    Returns:
+        out `[B, H, T, Dv]` in the dtype of v and the final state `[B or N, H, D, Dv]` float32; differentiable once.
+    """
+    if beta is not None and not delta:
+        v, beta = v * beta[..., None].to(v.dtype), None
+    if cu_seqlens is None:
+        spans = tuple((row, 0, v.shape[2]) for row in range(v.shape[0]))
+    else:
+        ends = cu_seqlens.tolist()
+        spans = tuple((0, start, end) for start, end in zip(ends, ends[1:], strict=False))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if decay is not None and decay.dim() == 4 and decay.stride(-1) != 1:
+        decay = decay.contiguous()
+    return _Scan.apply(q, k, v, decay, beta, initial_state, float(scale), spans)  # type: ignore[return-value]
+
+
+class Problem:
+    """What all launches of one scan share: sizes, decays, segments."""
+
+    def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, spans: tuple[tuple[int, int, int], ...]) -> None:
+        self.batch, self.heads, self.tokens, self.columns = v.shape
+        self.dim, self.dtype, self.device = q.shape[3], v.dtype, v.device
+        self.group = self.heads // q.shape[1]
+        self.decay = decay
+        self.kind = NONE if decay is None else {1: HEAD, 3: TOKEN, 4: CHANNEL}[decay.dim()]
+        self.group_g = 1 if decay is None or decay.dim() == 1 else self.heads // decay.shape[1]
+        self.strides_g = (0, 0, 0) if decay is None or decay.dim() == 1 else decay.stride()[:3]
+        self.chunk = chunk = CHUNK
+        self.settings = {"CHUNK": chunk, "GROUP_G": self.group_g, "EXACT": self.dtype == torch.float32}
+        # float16 overflows long before bfloat16 does.
+        self.blocks = max(1, self.dim // 64)
+        self.span = 16 if self.dtype == torch.float16 else 200
+        # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
+        self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
+        self.segments = cut(spans, chunk, self.heads * 2, self.device)
+        self.whole = cut(spans, chunk, 1 << 30, self.device)
+        self.packed = len({row for row, _, _ in spans}) < len(spans)
+        self.grid = (self.segments.longest, self.heads, self.segments.count)
+
+    def launch(self, kernel: str, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
+        """Keywords of a launch, and its number of column blocks and their size."""
+        how = launch(kernel, dim, columns, self.kind == CHANNEL, self.dtype)
+        return {"num_warps": how.warps, "num_stages": how.stages}, (columns // how.block, how.block)
+
+    def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
+        """Memory for a state of every segment."""
+        shape = (count or self.segments.count, self.heads, rows, columns)
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def like(self, columns: int, model: Tensor) -> Tensor:
+        """Memory for `[B, H, T, columns]`, with heads inside tokens where `model` has them so."""
+        sizes = {"dtype": self.dtype, "device": self.device}
+        if model.stride(2) > model.stride(1):
+            return torch.empty(self.batch, self.tokens, self.heads, columns, **sizes).transpose(1, 2)
+        return torch.empty(self.batch, self.heads, self.tokens, columns, **sizes)
+
+
+@dataclass
+class Factors:
+    """What `factor` makes of q, k and decays by channel; without such decays, q and k themselves."""
+
+    left: Tensor
+    right: Tensor
+    entry: Tensor | None = None
+    scores: Tensor | None = None
+    scaling: Tensor | None = None
+    wide: Tensor | None = None
+
+
+def factored(p: Problem, q: Tensor, k: Tensor, entry: bool) -> Factors:
+    """Launch `factor` if channels decay on their own."""
+    if p.kind != CHANNEL:
+        return Factors(q, k)
+    chunks = p.segments.chunks
+    f = Factors(
+        left=p.like(p.dim, q),
+        right=p.like(p.dim, q),
+        entry=p.like(p.dim, q) if entry else None,
+        scores=torch.empty(chunks, p.heads, p.chunk, p.chunk, dtype=p.fine, device=p.device),
+        scaling=torch.empty(chunks, p.heads, 3, p.dim, dtype=torch.float32, device=p.device),
+        wide=torch.empty(chunks, p.heads, p.blocks, dtype=torch.int32, device=p.device),
+    )
+    keywords = {"DIM": p.dim, "CHUNK": p.chunk, "GROUP": p.group, "GROUP_G": p.group_g}
+    factor[(p.grid[0] * p.blocks, *p.grid[1:])](
+        q, k, p.decay, f.left, f.right, f.entry, f.scaling, f.wide, p.segments.table,
+        _three(q), _three(k), p.strides_g, _three(f.left), p.heads,
+        BLOCK=p.dim // p.blocks, SPAN=p.span, **keywords, num_warps=4,
+    )  # fmt: skip
+    mend[(-(-p.segments.longest // LOOK), *p.grid[1:])](
+        q, k, p.decay, f.scores, f.wide, p.segments.table, _three(q), _three(k), p.strides_g, p.heads, LOOK,
+        BLOCKS=p.blocks, **keywords, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    return f
+
+
+def _three(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+def _four(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0) if x is None else x.stride()
+
+
+def run(
+    p: Problem,
+    f: Factors,
+    b: Tensor,
+    c: Tensor,
+    *,
+    a: Tensor | None = None,
+    out: Tensor | None = None,
+    extra_queries: tuple[Tensor, Tensor] | None = None,
+    extra_keys: tuple[Tensor, Tensor] | None = None,
+    turned: bool = False,
+    reverse: bool = False,
+    scale: float = 1.0,
+    begin: Tensor | None = None,
+    end: Tensor | None = None,
+    total: Tensor | None = None,
+    anchors: Tensor | None = None,
+    meet: Tensor | None = None,
+    rule: tuple[Tensor, Tensor, Tensor | None] | None = None,
+) -> None:
+    """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
+
+    `extra_queries`: (a2, out2). `extra_keys`: (b2, c2). `rule`: (beta, triangle, error or None).
+    """
+    dim, columns = b.shape[3], c.shape[3]
+    keywords, (blocks, block) = p.launch("turned" if turned else "sweep", dim, columns)
+    a2, out2 = extra_queries or (None, None)
+    b2, c2 = extra_keys or (None, None)
+    beta, triangle, error = rule or (None, None, None)
+    entry = None if rule is None else f.entry
+    of_out = error if out is None else out
+    group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
+    strides = [_three(x) for x in (a, b, c, entry, of_out)]
+    groups = [group(x) for x in (a, b, c)]
+    bulk, (a, a2, b, b2, entry), (c, c2, out, out2, error) = bulked(
+        p, (a, a2, b, b2, entry), dim, (c, c2, out, out2, error), block
+    )
+    sweep[(blocks, p.heads, p.segments.count)](
+        a, a2, b, b2, c, c2, out, out2, p.decay, f.scaling, f.wide, None if turned else f.scores,
+        beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
+        *strides, p.strides_g, _three(beta), _four(begin), _four(end), scale, p.heads,
+        DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
+        DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, BULK=bulk, BLOCKS=p.blocks,
+        EVERY=EVERY, **p.settings, **keywords,
+    )  # fmt: skip
+
+
+def bulked(
+    p: Problem, wide: Sequence[Tensor | None], dim: int, narrow: Sequence[Tensor | None], block: int
+) -> tuple[bool, list[Any], list[Any]]:
+    """Tensor descriptors in place of tensors read `dim` or `block` columns at a time, if all can have one.
+
+    The copy engine wants rows that begin at multiples of 16 bytes, and reads past the end of a packed sequence.
+    """
+    fits = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])  # noqa: E731
+    if p.packed or not all(fits(x) for x in (*wide, *narrow) if x is not None):
+        return False, list(wide), list(narrow)
+
+    def described(x: Tensor | None, width: int) -> TensorDescriptor | None:
+        return None if x is None else TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, p.chunk, width])
+
+    return True, [described(x, dim) for x in wide], [described(x, block) for x in narrow]
+
+
+def carried(
+    p: Problem, f: Factors, b: Tensor, c: Tensor, first: Tensor | None, matrix: Tensor | None, reverse: bool,
+    local: Callable[[Tensor], None] | None,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """The state each segment begins with and the last one, where sequences are cut; else `first` and None."""
+    if p.segments.count == p.segments.sequences:
+        return first, None
+    dim, columns = b.shape[3], c.shape[3]
+    ends, begins, last = p.states(dim, columns), p.states(dim, columns), p.states(dim, columns, p.segments.sequences)
+    passed = matrix
+    if local is not None:
+        local(ends)
+    else:
+        passed = torch.empty(p.segments.count, p.heads, dim, dtype=torch.float32, device=p.device)
+        run(p, f, b, c, reverse=reverse, end=ends, total=passed)
+    block = min(columns, 32)
+    join[(columns // block, p.heads, p.segments.sequences)](
+        ends, passed, begins, first, last, p.segments.offsets, _four(first), p.heads,
+        DIM=dim, COLUMNS=columns, BLOCK=block, MATRIX=matrix is not None, REVERSE=reverse,
+    )  # fmt: skip
+    return begins, last
+
+
+def solved(p: Problem, f: Factors, k: Tensor, beta: Tensor) -> Tensor:
+    """The triangle of every chunk, `[chunks, H, C, C]`."""
+    triangle = torch.empty(p.segments.chunks, p.heads, p.chunk, p.chunk, dtype=p.fine, device=p.device)
+    delta_rule.solve[p.grid](
+        k, f.entry, f.right, p.decay, f.wide, beta, triangle, p.segments.table,
+        _three(k), _three(f.entry), p.strides_g, _three(beta), p.heads,
+        DIM=p.dim, GROUP_K=p.group, DECAY=p.kind, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return triangle
+
+
+def back(
+    p: Problem, f: Factors, dout: Tensor, scale: float, taught: tuple[Tensor, Tensor],
+    begin: Tensor | None, end: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+) -> None:  # fmt: skip
+    """Launch the delta rule's way back; `taught`: (beta, triangle), `given`: (error, dvalue, written, dbeta)."""
+    beta, triangle = taught
+    error, dvalue, written, dbeta = given or (None,) * 4
+    keywords, (blocks, block) = p.launch("back", p.dim, p.columns)
+    strides = [_three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
+    group = p.heads // f.left.shape[1]
+    bulk, (left, right, entry), (dout_, error, dvalue, written) = bulked(
+        p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue, written), block
+    )
+    delta_rule.back[(blocks, p.heads, p.segments.count)](
+        left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, written, dbeta, p.decay, beta, triangle,
+        begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
+        (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), _four(begin), _four(end),
+        scale, p.heads, DIM=p.dim, COLUMNS=p.columns, BLOCK=block, GROUP=group, DECAY=p.kind,
+        BULK=bulk, BLOCKS=p.blocks, **p.settings, **keywords,
+    )  # fmt: skip
+
+
+def transition(p: Problem, f: Factors, given: tuple[Tensor, Tensor, None]) -> Tensor:
+    """The matrix each segment applies to its first state under the delta rule: what a sweep makes of the identity."""
+    eye = torch.eye(p.dim, dtype=torch.float32, device=p.device)
+    matrix = p.states(p.dim, p.dim)
+    nothing = torch.zeros(p.dim, dtype=p.dtype, device=p.device).expand(p.batch, p.heads, p.tokens, p.dim)
+    run(p, f, f.right, nothing, begin=eye.expand(p.segments.count, p.heads, -1, -1), end=matrix, rule=given)
+    return matrix
+
+
+class _Scan(torch.autograd.Function):
+    """Sweeps with gradients, see the module's docstring."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, decay, beta, first, scale, spans):
+        p = Problem(q, v, decay, spans)
+        f = factored(p, q, k, entry=beta is not None)
+        out = p.like(p.columns, q)
+        triangle = matrix = error = given = local = None
+        if beta is not None:
+            triangle = solved(p, f, k, beta)
+            given = (beta, triangle, None)
+            if p.segments.count > p.segments.sequences:
+                matrix = transition(p, f, given)
+                local = lambda end: run(p, f, f.right, v, end=end, rule=given)  # noqa: E731
+        begins, last = carried(p, f, f.right, v, first, matrix, False, local)
+        end = p.states(p.dim, p.columns) if last is None else None
+        if beta is not None:
+            learns = any(x is not None and x.requires_grad for x in (q, k, v, decay, beta, first))
+            error = p.like(p.columns, q) if learns else None
+            given = (beta, triangle, error)
+        run(p, f, f.right, v, a=f.left, out=out, scale=scale, begin=begins, end=end, rule=given)
+        last = end if last is None else last
+        ctx.save_for_backward(q, k, v, beta, begins, last, triangle, matrix, error)
+        ctx.problem, ctx.scale, ctx.first = p, scale, first is not None and first.requires_grad
+        ctx.set_materialize_grads(False)
+        return out, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout, dlast):
+        q, k, v, beta, begins, last, triangle, matrix, error = ctx.saved_tensors
+        p: Problem = ctx.problem
+        f = factored(p, q, k, entry=beta is not None)
+        dout = torch.zeros_like(v) if dout is None else dout
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        first = None if dlast is None else dlast.float() / ctx.scale
+        learned = p.decay is not None and ctx.needs_input_grad[3]
+        marks = _marks(p) if learned else (None, None)
+        if beta is None:
+            dq, dk, dv, dbegin = _plain(p, f, v, dout, ctx.scale, (begins, first), marks)
+            dbeta, dkey, written = None, None, v
+        else:
+            taught = (beta, triangle, matrix, error)
+            dq, dk, dkey, dv, dbeta, dbegin, written = _delta(p, f, dout, ctx.scale, taught, (begins, first), marks)
+        if p.kind == CHANNEL:
+            _mended(p, f, (q, k), (dout, written, dv), (dq, dk, dkey), ctx.scale)
+        final = last * dlast if learned and dlast is not None else None
+        ddecay = _decays(p, f, (q, k), (dq, dk, dkey), ctx.scale, marks[1], final)
+        dbegin = dbegin * ctx.scale if ctx.first else None
+        return _grouped(dq, q), _grouped(dk, k), dv, ddecay, dbeta, dbegin, None, None
+
+
+def _grouped(x: Tensor, like: Tensor) -> Tensor:
+    """The sum over the value heads of each key head."""
+    return x if x.shape[1] == like.shape[1] else x.unflatten(1, (like.shape[1], -1)).sum(2)
+
+
+def _turn(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.mT
+
+
+def _marks(p: Problem) -> tuple[Tensor, Tensor]:
+    """Memory for the states at anchors (turned) and for what they and their gradients sum to."""
+    count = p.segments.chunks // EVERY
+    states = torch.empty(count, p.heads, p.columns, p.dim, dtype=p.fine, device=p.device)
+    return states, torch.empty(count, p.heads, p.dim, dtype=torch.float32, device=p.device)
+
+
+def _plain(p, f, v, dout, scale, states, marks):
+    """Gradients without the delta rule: `(dq, dk, dv, gradient of the first state / scale)`."""
+    begins, first = states
+    dq, dk, dv = p.like(p.dim, f.left), p.like(p.dim, f.left), p.like(p.columns, f.left)
+    run(p, f, v, f.right, a=dout, out=dq, scale=scale, turned=True, begin=_turn(begins), anchors=marks[0])
+    ends, last = carried(p, f, f.left, dout, first, None, True, None)
+    end = p.states(p.dim, p.columns) if last is None else None
+    run(p, f, f.left, dout, a=f.right, out=dv, scale=scale, reverse=True, begin=ends, end=end)
+    run(
+        p, f, dout, f.left, a=v, out=dk, scale=scale, reverse=True, turned=True, begin=_turn(ends),
+        anchors=marks[0], meet=marks[1],
+    )  # fmt: skip
+    return dq, dk, dv, end if last is None else last
+
+
+def _delta(p, f, dout, scale, taught, states, marks):
+    """Gradients of the delta rule, dk in two parts, as a key's and as a query's; and what was written."""
+    beta, triangle, matrix, error = taught
+    begins, first = states
+    if f.left.stride() != f.right.stride():
+        f = replace(f, left=f.left.contiguous(), right=f.right.contiguous())
+    dv, written = torch.empty_like(error), torch.empty_like(error)
+    if dout.stride() != dv.stride():
+        dout = torch.empty_like(dv).copy_(dout)
+    blocks = p.launch("back", p.dim, p.columns)[1][0]
+    dbeta = torch.empty(blocks, *beta.shape, dtype=torch.float32, device=p.device)
+    local = None if matrix is None else lambda end: back(p, f, dout, scale, (beta, triangle), None, end, None)
+    ends, last = carried(p, f, f.left, dout, first, matrix, True, local)
+    end = p.states(p.dim, p.columns) if last is None else None
+    back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, written, dbeta))
+    dq, dquery, dkey = (p.like(p.dim, dout) for _ in range(3))
+    run(
+        p, f, written, f.right, a=dout, out=dq, extra_queries=(dv, dquery), scale=scale, turned=True,
+        begin=_turn(begins), anchors=marks[0],
+    )  # fmt: skip
+    key = f.right if f.entry is None else f.entry
+    run(
+        p, f, dout, f.left, a=written, out=dkey, extra_keys=(dv, key), scale=scale, turned=True, reverse=True,
+        begin=_turn(ends), anchors=marks[0], meet=marks[1],
+    )  # fmt: skip
+    return dq, dkey, dquery, dv, dbeta.sum(0).to(beta.dtype), end if last is None else last, written
+
+
+def _mended(p, f, qk, values, parts, scale):
+    """Launch `mend_gradients`."""
+    q, k = qk
+    dout, written, dv = values
+    dq, dk, dkey = parts
+    mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
+        q, k, p.decay, dout, written, dv, dq, dk, dkey, f.wide, p.segments.table,
+        _three(q), _three(k), p.strides_g, _three(dout), _three(dq), _three(written), scale, p.heads, LOOK,
+        DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, SPAN=p.span, BLOCKS=p.blocks,
+        **p.settings, num_warps=8, num_stages=1,
+    )  # fmt: skip
+
+
+def _decays(p, f, qk, parts, scale, known, final):
+    """The gradient of the decays (None: not wanted); the gradients of q and k are finished on the way, in place."""
+    q, k = qk
+    dq, dk, dkey = parts
+    channels = p.kind == CHANNEL
+    if known is None and dkey is None and not channels:
+        return None
+    blocks = p.blocks if channels else max(1, p.dim // 128)
+    block = p.dim // blocks
+    ddecay = None
+    if known is not None:
+        known.mul_(scale)
+        shape = (p.batch, p.heads, p.tokens)
+        dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
+        ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
+    strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
+    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
+        q, dq, k, dk, dkey, p.decay, ddecay, f.wide, known, None if final is None else final.sum(-1), p.whole.table,
+        _three(q), _three(k), _three(dq), p.strides_g, strides, p.heads,
+        DIM=p.dim, BLOCK=block, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks, **p.settings,
+        num_warps=4 if channels else 8, num_stages=1,
+    )  # fmt: skip
+    if ddecay is None:
+        return None
+    if not channels:
+        ddecay = ddecay.sum(0)
+    if p.kind == HEAD:
+        ddecay = ddecay.sum((0, 2))
+    elif p.group_g > 1:
+        ddecay = ddecay.unflatten(1, (-1, p.group_g)).sum(2)
+    return ddecay.to(p.decay.dtype)

@@ -1,0 +1,282 @@
+"""The one kernel behind a scan and all its gradients: a weighted running sum, in either direction.
+
+    out_i = scale * sum_j (a_i . b_j) w_ij c_j,      w_ij = exp(sum of the decays between j and i),
+
+over the tokens j up to i in the direction of the sweep. The state `S = sum_j w_j b_j^T c_j` crosses chunks in
+registers; inside a chunk the product is dense.
+
+`H_i`, used throughout, is the logarithm (base 2) of the decay from where the sweep enters the chunk to token i. It
+falls along the sweep, so `H_i - H_j` and `total - H_j` are never positive. Where every channel decays on its own,
+`factor.py` has multiplied a and b (or c and out) by their shares of w beforehand, and only the state is left to scale.
+"""
+
+import triton
+import triton.language as tl
+
+# What decays: nothing, one rate a head, one a token, one a token and channel: of b, of c (`sweep` only).
+NONE, HEAD, TOKEN, CHANNEL, COLUMN = 0, 1, 2, 3, 4
+
+
+# Triton's interpreter multiplies bfloat16 as if it were integers; its values are exact in float32.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    """`a @ b`, accumulated in float32."""
+    if INTERPRETED:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def tile(start, rows, stride, columns, ok):
+    """`[rows, columns]` of a matrix whose columns are adjacent; 0 where `ok` is False."""
+    return tl.load(start + rows[:, None] * stride + columns[None, :], mask=ok[:, None], other=0.0)
+
+
+@triton.jit
+def rate(G, head):
+    """The decay of a head, to base 2; no smaller than what float32 can tell from 0."""
+    return tl.maximum(tl.load(G + head).to(tl.float32) * 1.4426950408889634, -173.0)
+
+
+@triton.jit
+def along_head(rate, steps, rows, REVERSE: tl.constexpr):
+    """`H` `[C]` and its total, for a chunk of `steps` tokens that all decay at `rate`."""
+    gone = tl.maximum(steps - 1 - rows, 0) if REVERSE else tl.minimum(rows + 1, steps)
+    return gone.to(tl.float32) * rate, steps.to(tl.float32) * rate
+
+
+@triton.jit
+def along_tokens(g, REVERSE: tl.constexpr):
+    """`H` `[C]` and its total, from decays of tokens `[C]`."""
+    g = tl.maximum(g.to(tl.float32) * 1.4426950408889634, -173.0)
+    total = tl.sum(g, 0)
+    inclusive = tl.cumsum(g, 0)
+    return (total - inclusive if REVERSE else inclusive), total
+
+
+@triton.jit
+def strengths(BETA, strides, batch, head, token, rows, ok):
+    """Write strengths `[C]`, kept off 0, so that what was not written can be told from what was."""
+    beta = tl.load(at(BETA, strides, batch, head, token, 1) + rows * strides[2], mask=ok, other=0.0)
+    return tl.maximum(beta.to(tl.float32), 1e-10)
+
+
+@triton.jit
+def at(pointer, strides, batch, head, token, GROUP: tl.constexpr):
+    """Where the rows of `token` begin, in a tensor `[B, heads / GROUP, T, D]`; int64, once a chunk."""
+    return pointer + batch * strides[0] + (head // GROUP) * strides[1] + token.to(tl.int64) * strides[2]
+
+
+@triton.jit
+def fetch(X, strides, batch, head, token, rows, columns, skipped, ok, GROUP: tl.constexpr, BULK: tl.constexpr):
+    """A tile `[C, columns]` of X `[B, heads / GROUP, T, D]`, from column `skipped` on; 0 beyond the sequence.
+
+    BULK: X is a tensor descriptor, which the copy engine reads: no registers for addresses.
+    """
+    if BULK:
+        return X.load([batch.to(tl.int32), head // GROUP, token, skipped]).reshape((rows.shape[0], columns.shape[0]))
+    else:
+        return tile(at(X, strides, batch, head, token, GROUP), rows, strides[2], columns, ok)
+
+
+@triton.jit
+def put(X, strides, batch, head, token, rows, columns, skipped, ok, value, BULK: tl.constexpr):
+    """Write a tile of X `[B, heads, T, D]`; rows beyond the sequence are not written."""
+    if BULK:
+        value = value.to(X.dtype)
+        X.store([batch.to(tl.int32), head, token, skipped], value.reshape((1, 1, rows.shape[0], columns.shape[0])))
+    else:
+        spot = at(X, strides, batch, head, token, 1) + rows[:, None] * strides[2] + columns[None, :]
+        tl.store(spot, value.to(X.dtype.element_ty), mask=ok[:, None])
+
+
+@triton.jit
+def shares(FACTORS, chunk, head, heads, offsets, WIDTH: tl.constexpr):
+    """What scales the state in a chunk (see factor.py): on entering, before the chunk is added, on leaving."""
+    spot = FACTORS + (chunk * heads + head).to(tl.int64) * 3 * WIDTH + offsets
+    return tl.load(spot), tl.load(spot + WIDTH), tl.load(spot + 2 * WIDTH)
+
+
+@triton.jit
+def at_once(MATRIX, chunk, head, heads, rows, always, CHUNK: tl.constexpr):
+    """The matrix of a chunk, straight into registers: below a condition, loads are not buffered for several chunks.
+
+    Shared memory is what limits how many programs a multiprocessor runs.
+    """
+    matrix = tl.zeros((CHUNK, CHUNK), MATRIX.dtype.element_ty)
+    if always:
+        corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
+        matrix = tl.load(MATRIX + corner + rows[:, None] * CHUNK + rows[None, :])
+    return matrix
+
+
+@triton.jit
+def is_wide(WIDE, chunk, head, heads, BLOCKS: tl.constexpr):
+    """Whether `factor.py` found a chunk wide, in any of its blocks of channels."""
+    return tl.max(tl.load(WIDE + (chunk * heads + head) * BLOCKS + tl.arange(0, BLOCKS)), 0) != 0
+
+
+@triton.jit
+def sweep(
+    A, A2, B, B2, C, C2, OUT, OUT2, G, FACTORS, WIDE, SCORES, BETA, TRIANGLE, ENTRY, ERROR, BEGIN, END, TOTAL, ANCHORS,
+    MEET, SEGMENTS, sa, sb, sc, se, so, sg, sw, sn, sm, scale, heads,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, GROUP_C: tl.constexpr, GROUP_G: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, BULK: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, EVERY: tl.constexpr,
+):  # fmt: skip
+    """One segment of one head, `BLOCK` columns of c.
+
+    Pointers that are None switch their part off. A, OUT: without them only the state is carried. A2, OUT2: more
+    queries of the same state, strict, negative and unscaled. B2, C2: more keys and values into it, likewise. WIDE: see
+    factor.py; the products a . b of such a chunk lie in SCORES, or, without it, are added later. TRIANGLE: c becomes what the delta rule writes with strength
+    BETA; ERROR receives it over beta; ENTRY: b with the decay up to it. BEGIN, END: the state
+    `[n, heads, DIM, COLUMNS]` before and after. TOTAL: all decay of the segment. ANCHORS: the state every `EVERY`
+    chunks, written forwards; MEET: its product with the state of this sweep, backwards. Strides are (batch, head, token), of states (segment, head, row, column).
+    """
+    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
+    block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
+    start, end = tl.load(SEGMENTS + segment * 4 + 1), tl.load(SEGMENTS + segment * 4 + 2)
+    first = tl.load(SEGMENTS + segment * 4 + 3)
+    rows, dims, columns = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK + tl.arange(0, BLOCK)
+    skipped = block * BLOCK
+    before = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+    strictly = before & (rows[:, None] != rows[None, :])
+    S = tl.zeros((DIM, BLOCK), tl.float32)
+    if BEGIN is not None:
+        S = tl.load(BEGIN + segment * sn[0] + head * sn[1] + dims[:, None] * sn[2] + columns[None, :] * sn[3])
+        S = S.to(tl.float32)
+    # The state is S times `held`: each chunk then scales S only once.
+    if DECAY == 3:
+        held = tl.full((DIM,), 1.0, tl.float32)
+    elif DECAY == 4:
+        held = tl.full((BLOCK,), 1.0, tl.float32)
+    if TOTAL is not None:
+        passed = tl.zeros((DIM,), tl.float32)
+    if DECAY == 1:
+        slope = rate(G, head)
+        weight = tl.exp2(tl.abs(rows[:, None] - rows[None, :]).to(tl.float32) * slope)
+    chunks = tl.cdiv(end - start, CHUNK)
+    for i in range(chunks):
+        index = chunks - 1 - i if REVERSE else i
+        token = start + index * CHUNK
+        chunk = first + index
+        ok = rows < end - token
+        if TRIANGLE is not None:
+            solved = at_once(TRIANGLE, chunk, head, heads, rows, token < end, CHUNK)
+        b = fetch(B, sb, batch, head, token, rows, dims, 0, ok, GROUP_B, BULK)
+        c = fetch(C, sc, batch, head, token, rows, columns, skipped, ok, GROUP_C, BULK)
+        kind = b.dtype
+        if WIDE is not None:
+            wide = is_wide(WIDE, chunk, head, heads, BLOCKS)
+        if DECAY == 1:
+            H, total = along_head(slope, tl.minimum(end - token, CHUNK), rows, REVERSE)
+        elif DECAY == 2:
+            g = tl.load(at(G, sg, batch, head, token, GROUP_G) + rows * sg[2], mask=ok, other=0.0)
+            H, total = along_tokens(g, REVERSE)
+            weight = tl.exp2(tl.minimum(H[:, None] - H[None, :], 0.0))
+        elif DECAY == 3:
+            entering, kept, leaving = shares(FACTORS, chunk, head, heads, dims, DIM)
+        elif DECAY == 4:
+            entering, kept, leaving = shares(FACTORS, chunk, head, heads, columns, COLUMNS)
+        if ANCHORS is not None and not REVERSE:
+            if chunk % EVERY == 0:
+                anchor = ((chunk // EVERY) * heads + head).to(tl.int64) * DIM * COLUMNS
+                anchored = ANCHORS + anchor + dims[:, None] * COLUMNS + columns[None, :]
+                known = S * held[None, :] if DECAY == 4 else S
+                tl.store(anchored, known.to(ANCHORS.dtype.element_ty))
+        if DECAY == 3:
+            S *= (held * entering)[:, None]
+        elif DECAY == 4:
+            S *= (held * entering)[None, :]
+        state = S.to(kind)
+        if TRIANGLE is not None:
+            entry = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK) if DECAY == 3 else b
+            seen = dot(entry, state, PRECISION)
+            if DECAY == 1 or DECAY == 2:
+                seen *= tl.exp2(H)[:, None]
+            beta = strengths(BETA, sw, batch, head, token, rows, ok)
+            written = dot(solved, ((c - seen) * beta[:, None]).to(solved.dtype), PRECISION)
+            if ERROR is not None:
+                put(ERROR, so, batch, head, token, rows, columns, skipped, ok, written / beta[:, None], BULK)
+            c = written.to(kind)
+        if OUT is not None:
+            a = fetch(A, sa, batch, head, token, rows, dims, 0, ok, GROUP_A, BULK)
+            scores = tl.where(before, dot(a, tl.trans(b), PRECISION), 0.0)
+            if DECAY == 1 or DECAY == 2:
+                scores *= weight
+            if SCORES is not None:
+                if wide:
+                    corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
+                    near, far = (1, CHUNK) if REVERSE else (CHUNK, 1)
+                    scores = tl.load(SCORES + corner + rows[:, None] * near + rows[None, :] * far).to(tl.float32)
+            elif WIDE is not None:
+                scores = tl.where(wide, 0.0, scores)
+            out = dot(a, state, PRECISION)
+            if DECAY == 1 or DECAY == 2:
+                out *= tl.exp2(H)[:, None]
+            out += dot(scores.to(kind), c, PRECISION)
+            if B2 is not None:
+                b2 = fetch(B2, sb, batch, head, token, rows, dims, 0, ok, GROUP_B, BULK)
+                c2 = fetch(C2, sc, batch, head, token, rows, columns, skipped, ok, GROUP_C, BULK)
+                c2 = (c2.to(tl.float32) * (-1.0 / scale)).to(kind)
+                scores = tl.where(strictly, dot(a, tl.trans(b2), PRECISION), 0.0)
+                if DECAY == 1 or DECAY == 2:
+                    scores *= weight
+                if WIDE is not None:
+                    scores = tl.where(wide, 0.0, scores)
+                out += dot(scores.to(kind), c2, PRECISION)
+            put(OUT, so, batch, head, token, rows, columns, skipped, ok, out * scale, BULK)
+        if A2 is not None:
+            a = fetch(A2, sa, batch, head, token, rows, dims, 0, ok, GROUP_A, BULK)
+            scores = tl.where(strictly, dot(a, tl.trans(b), PRECISION), 0.0)
+            out = dot(a, state, PRECISION)
+            if DECAY == 1 or DECAY == 2:
+                scores *= weight
+                out *= tl.exp2(H)[:, None]
+            if WIDE is not None:
+                scores = tl.where(wide, 0.0, scores)
+            out += dot(scores.to(kind), c, PRECISION)
+            put(OUT2, so, batch, head, token, rows, columns, skipped, ok, -out, BULK)
+        if DECAY == 1 or DECAY == 2:
+            rest = tl.exp2(total - H)[:, None]
+            c = (c * rest).to(kind)
+            if B2 is not None:
+                c2 = (c2 * rest).to(kind)
+            S *= tl.exp2(total)
+        elif DECAY == 3:
+            S *= kept[:, None]
+            held = leaving
+        elif DECAY == 4:
+            S *= kept[None, :]
+            held = leaving
+        S += dot(tl.trans(b), c, PRECISION)
+        if B2 is not None:
+            S += dot(tl.trans(b2), c2, PRECISION)
+        if TOTAL is not None:
+            if DECAY == 3:
+                passed += tl.log2(entering) + tl.log2(kept) + tl.log2(leaving)
+            elif DECAY != 0:
+                passed += total
+        if MEET is not None:
+            if chunk % EVERY == 0:
+                anchor = ((chunk // EVERY) * heads + head).to(tl.int64)
+                anchored = ANCHORS + anchor * DIM * COLUMNS + dims[:, None] * COLUMNS + columns[None, :]
+                known = tl.sum(tl.load(anchored).to(tl.float32) * S, 0)
+                if DECAY == 4:
+                    known *= held
+                tl.store(MEET + anchor * COLUMNS + columns, known)
+    if TOTAL is not None:
+        tl.store(TOTAL + (segment * heads + head) * DIM + dims, passed)
+    if END is not None:
+        if DECAY == 3:
+            S *= held[:, None]
+        elif DECAY == 4:
+            S *= held[None, :]
+        spot = END + segment * sm[0] + head * sm[1] + dims[:, None] * sm[2] + columns[None, :] * sm[3]
+        tl.store(spot, S)
