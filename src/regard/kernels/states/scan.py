@@ -60,11 +60,12 @@ def refuses(
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight."""
+    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight, registers a thread."""
 
     block: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def launch(kernel: str, dim: int, columns: int, channels: bool, dtype: torch.dtype) -> Launch:
@@ -132,7 +133,7 @@ class Problem:
     def launch(self, kernel: str, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
         how = launch(kernel, dim, columns, self.kind == CHANNEL, self.dtype)
-        return {"num_warps": how.warps, "num_stages": how.stages}, (columns // how.block, how.block)
+        return {"num_warps": how.warps, "num_stages": how.stages, "maxnreg": how.registers}, (columns // how.block, how.block)
 
     def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
         """Memory for a state of every segment."""
