@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.core.errors import choose
-from regard.layers.blocks.heads import LowRank, Output, join, linear, size, split
 from regard.layers.blocks import norms
+from regard.layers.blocks.heads import LowRank, Output, join, linear, size, split
 from regard.layers.blocks.positions import LRPE, positions
 from regard.layers.blocks.recur import check, recur
 from regard.primitives.memory import Memory
@@ -81,11 +81,12 @@ class Mixer(nn.Module):
         return self.out((gate if self.gating == "linear" else torch.sigmoid(gate)) * out)
 
 
-
 def slopes(heads: int, *, layer: int, layers: int, schedule: str, device: torch.device) -> Tensor:
     """STAND-IN."""
+
     def power(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (h + 1) / n) for h in range(n)]
+
     low = 1 << (heads.bit_length() - 1)
     made = power(heads) if low == heads else power(low) + power(2 * low)[0::2][: heads - low]
     if schedule == "fla":
