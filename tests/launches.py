@@ -1,0 +1,25 @@
+"""What is compiled without a GPU: functions that call the kernels' public functions, as a user would.
+
+Tensors hold nothing (device `meta`), sizes are those that matter. Every kernel must be launched by one of them.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def step() -> None:
+    from regard.kernels.states.step import step
+
+    for B, D, dtype in [(1, 128, torch.bfloat16), (64, 64, torch.bfloat16), (64, 128, torch.bfloat16),
+                        (64, 256, torch.bfloat16), (64, 100, torch.bfloat16), (64, 128, torch.float32)]:  # fmt: skip
+        H = 16
+        vector, scalar = _empty(B, H, 1, D, dtype=dtype), _empty(B, H, 1, dtype=torch.float32)
+        state = _empty(B, H, D, D, dtype=torch.float32)
+        gates = [None, _empty(H, dtype=torch.float32), scalar, _empty(B, H, 1, D, dtype=torch.float32)]
+        for decay in gates:
+            for delta in (False, True):
+                step(vector, vector, vector, state, decay=decay, beta=scalar if delta else None, delta=delta)
