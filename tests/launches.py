@@ -23,3 +23,14 @@ def step() -> None:
         for decay in gates:
             for delta in (False, True):
                 step(vector, vector, vector, state, decay=decay, beta=scalar if delta else None, delta=delta)
+
+
+def elementwise() -> None:
+    from regard.kernels.states.elementwise import recur
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape, reset in [((64, 16, 2048, 128), None), ((1, 1, 131072, 1024), None), ((1, 1, 131072, 2048), 16)]:
+            forget, inputs = (_empty(*shape, dtype=dtype).requires_grad_() for _ in range(2))
+            initial = None if reset else _empty(*shape[:2], shape[3], dtype=torch.float32).requires_grad_()
+            h, last = recur(forget, inputs, initial=initial, reset=reset)
+            torch.autograd.backward([h, last], [torch.empty_like(h), torch.empty_like(last)])

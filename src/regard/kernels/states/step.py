@@ -146,25 +146,28 @@ def _step(
     real, wide = channels < D, columns < DV
     inside = real[:, None] & wide[None, :]
     held = state + row * state_row + head * state_head + channels[:, None] * state_channel + columns[None, :]
-    tile = tl.load(held, mask=inside, other=0.0)
-
     key_head = head // GROUP
-    query = tl.load(q + row * q_row + key_head * q_head + channels * q_channel, mask=real, other=0.0).to(tl.float32)
-    key = tl.load(k + row * k_row + key_head * k_head + channels * k_channel, mask=real, other=0.0).to(tl.float32)
-    written = tl.load(v + row * v_row + head * v_head + columns * v_channel, mask=wide, other=0.0).to(tl.float32)
 
+    # All loads stand before the first use of any, so that a program waits for memory once.
+    tile = tl.load(held, mask=inside, other=0.0)
+    query = tl.load(q + row * q_row + key_head * q_head + channels * q_channel, mask=real, other=0.0)
+    key = tl.load(k + row * k_row + key_head * k_head + channels * k_channel, mask=real, other=0.0)
+    written = tl.load(v + row * v_row + head * v_head + columns * v_channel, mask=wide, other=0.0)
     if decay is not None:
         gate = decay + row * decay_row + (head // GATE_GROUP) * decay_head
-        if CHANNELS:
-            kept = tl.exp(tl.load(gate + channels * decay_channel, mask=real, other=0.0).to(tl.float32))
-            tile *= kept[:, None]
-        else:
-            tile *= tl.exp(tl.load(gate).to(tl.float32))
+        kept = tl.load(gate + channels * decay_channel, mask=real, other=0.0) if CHANNELS else tl.load(gate)
+    if beta is not None:
+        strength = tl.load(beta + row * beta_row + head * beta_head)
+
+    query, key, written = query.to(tl.float32), key.to(tl.float32), written.to(tl.float32)
+    if decay is not None:
+        kept = tl.exp(kept.to(tl.float32))
+        tile *= kept[:, None] if CHANNELS else kept
     read = tl.sum(tile * query[:, None], 0)
     if DELTA:
         written -= tl.sum(tile * key[:, None], 0)
     if beta is not None:
-        written *= tl.load(beta + row * beta_row + head * beta_head).to(tl.float32)
+        written *= strength.to(tl.float32)
 
     tl.store(held, tile + key[:, None] * written[None, :], mask=inside)
     read = scale * (read + tl.sum(query * key, 0) * written)
