@@ -29,7 +29,8 @@ def elementwise() -> None:
     from regard.kernels.states.elementwise import recur
 
     for dtype in (torch.bfloat16, torch.float32):
-        for shape, reset in [((64, 16, 2048, 128), None), ((1, 1, 131072, 1024), None), ((1, 1, 131072, 2048), 16)]:
+        for shape, reset in [((64, 16, 2048, 128), None), ((1, 1, 131072, 1024), None), ((1, 1, 131072, 2048), 16),
+                             ((1, 1, 1, 1), 1)]:  # fmt: skip
             forget, inputs = (_empty(*shape, dtype=dtype).requires_grad_() for _ in range(2))
             initial = None if reset else _empty(*shape[:2], shape[3], dtype=torch.float32).requires_grad_()
             h, last = recur(forget, inputs, initial=initial, reset=reset)

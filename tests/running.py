@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# What a result may err by, of its largest entry: half a unit in the last place of its dtype, and float32 sums.
-FLOATS = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# What a result may err by, of its largest entry: sums in float32, and rounding to its dtype. The interpreter cuts a
+# bfloat16 off where a GPU rounds it.
+FLOATS = {torch.float32: 1e-5, torch.bfloat16: 2**-8 if DEVICE == "cuda" else 2**-7, torch.float16: 2**-10}
 
 
 def drawn(seed: int) -> Callable[..., Tensor]:

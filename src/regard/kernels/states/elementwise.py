@@ -1,9 +1,10 @@
 """The vector recurrence `h_t = forget_t * h_{t-1} + inputs_t` on a GPU, and its gradients.
 
-A program walks the tokens of a few channels, a tile of tokens at a time; inside a tile the recurrence is an associative
-scan of pairs (product of gates, state). Where too few programs would walk whole rows, a row is cut into segments: a
-first launch finds what each segment does to the state it starts from, a second one begins every segment with the state
-that all earlier ones leave. With `reset`, segments begin where states do, and one launch is enough.
+A program is one warp, which walks the tokens of some channels one by one: an associative scan of tiles would spend more
+time on exchange between threads than memory takes. Loads run several tokens ahead. Where too few programs would walk
+whole rows, a row is cut into segments: a first launch finds what each segment does to the state it starts from, a
+second one begins every segment with the state that all earlier ones leave. With `reset`, segments begin where states
+do, and one launch is enough.
 
 The gradient is the same recurrence run backwards, `g_t = forget_{t+1} * g_{t+1} + dh_t`: `dinputs = g`,
 `dforget_t = g_t * h_{t-1}`. So one kernel serves both directions.
@@ -23,8 +24,10 @@ from torch.autograd.function import once_differentiable
 from regard.kernels import device
 
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOKENS, CHANNELS, WARPS = 32, 64, 4  # of a tile: 16 elements a thread of each tensor
-PROGRAMS = 1056  # eight for each multiprocessor of a large card
+CHANNELS = 128  # of a program
+AHEAD = 8  # tokens whose loads are in flight
+PROGRAMS = 2112  # sixteen for each multiprocessor of a large card
+SHORTEST = 64  # tokens of a segment; the loads of the first ones are waited for
 SEGMENTS = 128  # at most: every one of them reads what all earlier ones do
 
 Pair = tuple[Tensor, Tensor]
@@ -127,7 +130,7 @@ def _run(
             H, T, D, length, segments, reset or 0,
             *forget.stride(), *inputs.stride(), *_strides(initial), *_strides(began),
             RESET=reset is not None, BACKWARDS=backwards is not None, SUMMARY=summary, CARRIED=carried,
-            TOKENS=TOKENS, CHANNELS=width, num_warps=WARPS,
+            CHANNELS=width, AHEAD=AHEAD, num_warps=1,
         )  # fmt: skip
 
     if carried:
@@ -145,23 +148,9 @@ def _segment(T: int, rows: int, reset: int | None) -> int:
     wanted = max(1, PROGRAMS // rows)
     if reset is not None:
         # Every program stands for itself, so that a few more of them even out the work.
-        least = max(TOKENS, -(-T // (2 * wanted)))
-        return reset * -(-least // reset)
-    # A second reading costs half as much again, so that a row is cut only where most of the card would wait.
-    segments = min(wanted, SEGMENTS, -(-T // (8 * TOKENS))) if wanted > 2 else 1
-    return TOKENS * -(-T // (segments * TOKENS))
-
-
-@triton.jit
-def _after(first_gate, first_state, gate, state):
-    """Two steps as one: the state they leave is `gate * state before + state`."""
-    return first_gate * gate, gate * first_state + state
-
-
-@triton.jit
-def _last(tile, TOKENS: tl.constexpr):
-    """The last row of a tile."""
-    return tl.sum(tl.where(tl.arange(0, TOKENS)[:, None] == TOKENS - 1, tile, 0.0), 0)
+        return reset * -(-max(SHORTEST, -(-T // (2 * wanted))) // reset)
+    # A second reading costs two thirds more, so that a row is cut only where most of the card would wait.
+    return max(SHORTEST, -(-T // min(wanted, SEGMENTS))) if wanted > 2 else T
 
 
 @triton.jit
@@ -173,7 +162,7 @@ def _walk(
     initial_row, initial_head, initial_channel,
     began_row, began_head, began_channel,
     RESET: tl.constexpr, BACKWARDS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one segment; segments and tokens are counted in the order they are walked in."""
     columns = (D + CHANNELS - 1) // CHANNELS
@@ -184,12 +173,14 @@ def _walk(
     segment = tl.program_id(1)
     low = (segments - 1 - segment if BACKWARDS else segment) * length
     high = tl.minimum(low + length, T)
-    lines = tl.arange(0, TOKENS)
 
-    forget += row * forget_row + head * forget_head + channels[None, :] * forget_channel
-    inputs += row * inputs_row + head * inputs_head + channels[None, :] * inputs_channel
-    whole = which * T * D + channels[None, :]  # this row of a contiguous tensor
-    kept = which * (segments - 1) * D + channels[None, :]
+    first = (high - 1 if BACKWARDS else low).to(tl.int64)
+    onward = -1 if BACKWARDS else 1
+    # Backwards, a state comes from the token after it, through the gate of that token.
+    gates_at = forget + row * forget_row + head * forget_head + channels * forget_channel
+    gates_at += (first + 1 if BACKWARDS else first) * forget_token
+    values_at = inputs + row * inputs_row + head * inputs_head + channels * inputs_channel + first * inputs_token
+    at = which * T * D + first * D + channels  # in contiguous tensors
 
     state = tl.zeros((CHANNELS,), tl.float32)
     product = tl.full((CHANNELS,), 1.0, tl.float32)
@@ -197,49 +188,50 @@ def _walk(
         given = initial + row * initial_row + head * initial_head + channels * initial_channel
         state = tl.load(given, mask=wide & (CARRIED or segment == 0), other=0.0).to(tl.float32)
     if CARRIED and not SUMMARY:
-        for begin in range(0, segment, TOKENS):
-            past = begin + lines
-            known = (past < segment)[:, None] & wide[None, :]
-            gates = tl.load(through + kept + past[:, None] * D, mask=known, other=1.0)
-            ended = tl.load(ends + kept + past[:, None] * D, mask=known, other=0.0)
-            gates, ended = tl.associative_scan((gates, ended), 0, _after)
-            state = _last(gates, TOKENS) * state + _last(ended, TOKENS)
+        kept = which * (segments - 1) * D + channels
+        for past in tl.range(0, segment, num_stages=AHEAD):
+            gates = tl.load(through + kept + past * D, mask=wide, other=0.0)
+            state = gates * state + tl.load(ends + kept + past * D, mask=wide, other=0.0)
 
-    for begin in range(0, high - low, TOKENS):
-        token = high - 1 - begin - lines if BACKWARDS else low + begin + lines
-        here = ((token >= low) & (token < high))[:, None] & wide[None, :]
-        at = token.to(tl.int64)[:, None]
-        # Backwards, a state comes from the token after it, through the gate of that token.
-        gated = token + 1 if BACKWARDS else token
-        real = here & (gated < T)[:, None]
-        through_gate = forget + gated.to(tl.int64)[:, None] * forget_token
-        gates = tl.load(through_gate, mask=real, other=1.0).to(tl.float32)
-        values = tl.load(inputs + at * inputs_token, mask=here, other=0.0).to(tl.float32)
-        if BACKWARDS and not SUMMARY:
-            seen = here & (token > 0)[:, None]
+    since = first.to(tl.int32) % reset if RESET else 0  # tokens since the state was reset
+    for walked in tl.range(0, high - low, num_stages=AHEAD):
+        values = tl.load(values_at, mask=wide, other=0.0).to(tl.float32)
+        if BACKWARDS:
+            within = (walked > 0) | (high < T)
+            gates = tl.load(gates_at, mask=wide & within, other=0.0).to(tl.float32)
+            gates = tl.where(within, gates, 1.0)
             if RESET:
-                seen &= (token % reset != 0)[:, None]
-            before = tl.load(states + whole + (at - 1) * D, mask=seen, other=0.0).to(tl.float32)
-        if RESET:
-            gates = tl.where(real & (gated % reset == 0)[:, None], 0.0, gates)
-
-        gates, values = tl.associative_scan((gates, values), 0, _after)
-        if SUMMARY:
-            product *= _last(gates, TOKENS)
+                gates = tl.where(within & (since == reset - 1), 0.0, gates)
         else:
-            values += gates * state[None, :]
-            tl.store(h + whole + at * D, values.to(h.dtype.element_ty), mask=here)
-            if BACKWARDS:
-                if began is not None:
-                    given = began + row * began_row + head * began_head + channels * began_channel
-                    start = tl.load(given, mask=wide, other=0.0).to(tl.float32)
-                    before = tl.where((token == 0)[:, None], start[None, :], before)
-                tl.store(dforget + whole + at * D, (values * before).to(dforget.dtype.element_ty), mask=here)
-        state = _last(gates, TOKENS) * state + _last(values, TOKENS) if SUMMARY else _last(values, TOKENS)
+            gates = tl.load(gates_at, mask=wide, other=0.0).to(tl.float32)
+            if RESET:
+                gates = tl.where(since == 0, 0.0, gates)
+        state = gates * state + values
+        if SUMMARY:
+            product *= gates
+        else:
+            tl.store(h + at, state.to(h.dtype.element_ty), mask=wide)
+        if BACKWARDS and not SUMMARY:
+            # Where a state begins its gate does nothing; what the gate of the first token did is written at the end.
+            goes = since > 0 if RESET else (low > 0) | (walked < high - low - 1)
+            before = tl.load(states + at - D, mask=wide & goes, other=0.0).to(tl.float32)
+            written = wide & goes if began is not None else wide
+            tl.store(dforget + at, (state * before).to(dforget.dtype.element_ty), mask=written)
+        gates_at += onward * forget_token
+        values_at += onward * inputs_token
+        at += onward * D
+        if RESET:
+            since += onward
+            since = tl.where(since == reset, 0, since)
+            since = tl.where(since < 0, reset - 1, since)
 
     if SUMMARY:
-        at = which * (segments - 1) * D + segment * D + channels
-        tl.store(through + at, product, mask=wide)
-        tl.store(ends + at, state, mask=wide)
+        kept = which * (segments - 1) * D + segment * D + channels
+        tl.store(through + kept, product, mask=wide)
+        tl.store(ends + kept, state, mask=wide)
     elif segment == segments - 1:
         tl.store(last + which * D + channels, state, mask=wide)
+        if began is not None:
+            given = began + row * began_row + head * began_head + channels * began_channel
+            before = tl.load(given, mask=wide, other=0.0).to(tl.float32)
+            tl.store(dforget + which * T * D + channels, (state * before).to(dforget.dtype.element_ty), mask=wide)
