@@ -141,7 +141,7 @@ def _build(kernel: Any, grid: Any, target: Any, options: Any, types: Any, consta
     return Launch(
         kernel=kernel.fn.__name__,
         constants={name: value for name, value in chosen.items() if isinstance(value, bool | int | float | str)},
-        types={name: kind for name, kind in types.items() if kind != "constexpr"},
+        types={name: str(kind) for name, kind in types.items() if kind != "constexpr"},
         grid=grid,
         warps=made.metadata.num_warps,
         stages=made.metadata.num_stages,

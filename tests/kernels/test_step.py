@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from cases import state_step
 from regard.kernels.states import step as kernel
 from running import DEVICE, FLOATS, close, drawn, filled_with_nan
 
@@ -121,3 +122,26 @@ def test_refuses_by_name(monkeypatch):
     assert "D from 16 to 256, not 8" in kernel.refuses(x[..., :8], x[..., :8], x, state[:, :, :8])
     wide = torch.zeros(1, 2, 1, 300)
     assert "Dv from 16 to 256, not 300" in kernel.refuses(x, x, wide, torch.zeros(1, 2, 32, 300))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="CUDA graphs need a GPU")
+def test_replayed_from_a_graph():
+    make = drawn(2)
+    q, k, v = (make(2, 2, 1, 32).float().to(DEVICE) for _ in range(3))
+    state = make(2, 2, 32, 32).float().to(DEVICE)
+    expected = state.clone()
+    kernel.step(q, k, v, state.clone())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernel.step(q, k, v, state)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(out, kernel.step(q, k, v, expected))
+    assert torch.equal(state, expected)
+
+
+def test_the_benchmark_runs():
+    told, rows = state_step.run(batch=1, heads=2, width=16, steps=1, repeats=1)
+    assert {row["mechanism"] for row in rows} == set(state_step.OTHERS)
+    assert all(row["ours us"] > 0 and row["error"] <= state_step.MOST for row in rows)
+    assert told["versions"]["triton"]

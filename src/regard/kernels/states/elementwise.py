@@ -10,8 +10,8 @@ The gradient is the same recurrence run backwards, `g_t = forget_{t+1} * g_{t+1}
 `dforget_t = g_t * h_{t-1}`. So one kernel serves both directions.
 """
 
-# A launch takes options that its kernel's signature lacks.
-# pyright: reportCallIssue=false
+# A launch takes options that its kernel's signature lacks, and a loop in a kernel is no iterator of Python's.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from typing import Any
 
@@ -34,7 +34,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def refuses(forget: Tensor, inputs: Tensor, *, initial: Tensor | None = None, reset: int | None = None) -> str | None:
-    """Why `recur` cannot take these tensors, or None. Shapes are those of `recur` already."""
+    """Why `recur` cannot do this call, or None. Shapes are those of `recur` already."""
     if why := device.refuses(inputs):
         return why
     for name, tensor in {"forget": forget, "inputs": inputs, "initial": initial}.items():
@@ -115,7 +115,8 @@ def _run(
     if inputs.numel() == 0:
         return last if initial is None else last.copy_(initial)
     width = min(CHANNELS, 1 << (D - 1).bit_length())
-    rows = B * H * -(-D // width)
+    columns = -(-D // width)
+    rows = B * H * columns
     length = _segment(T, rows, reset)
     segments = -(-T // length)
     states, began, dforget = (None, None, None) if backwards is None else backwards
@@ -127,8 +128,8 @@ def _run(
     def launch(count: int, summary: bool) -> None:
         _walk[(rows, count)](
             forget, inputs, h, initial, last, states, began, dforget, through, ends,
-            H, T, D, length, segments, reset or 0,
-            *forget.stride(), *inputs.stride(), *_strides(initial), *_strides(began),
+            H, columns, T, D, length, segments, reset or 0,
+            forget.stride(), inputs.stride(), _strides(initial), _strides(began),
             RESET=reset is not None, BACKWARDS=backwards is not None, SUMMARY=summary, CARRIED=carried,
             CHANNELS=width, AHEAD=AHEAD, num_warps=1,
         )  # fmt: skip
@@ -156,56 +157,41 @@ def _segment(T: int, rows: int, reset: int | None) -> int:
 @triton.jit
 def _walk(
     forget, inputs, h, initial, last, states, began, dforget, through, ends,
-    heads, T, D, length, segments, reset,
-    forget_row, forget_head, forget_token, forget_channel,
-    inputs_row, inputs_head, inputs_token, inputs_channel,
-    initial_row, initial_head, initial_channel,
-    began_row, began_head, began_channel,
+    heads, columns, T, D, length, segments, reset,
+    forget_strides, inputs_strides, initial_strides, began_strides,
     RESET: tl.constexpr, BACKWARDS: tl.constexpr, SUMMARY: tl.constexpr, CARRIED: tl.constexpr,
     CHANNELS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: some channels of one segment; segments and tokens are counted in the order they are walked in."""
-    columns = (D + CHANNELS - 1) // CHANNELS
-    which = (tl.program_id(0) // columns).to(tl.int64)
+    program, segment = tl.program_id(0), tl.program_id(1)
+    which = (program // columns).to(tl.int64)
     row, head = which // heads, which % heads
-    channels = tl.program_id(0) % columns * CHANNELS + tl.arange(0, CHANNELS)
+    channels = program % columns * CHANNELS + tl.arange(0, CHANNELS)
     wide = channels < D
-    segment = tl.program_id(1)
     low = (segments - 1 - segment if BACKWARDS else segment) * length
     high = tl.minimum(low + length, T)
-
     first = (high - 1 if BACKWARDS else low).to(tl.int64)
     onward = -1 if BACKWARDS else 1
     # Backwards, a state comes from the token after it, through the gate of that token.
-    gates_at = forget + row * forget_row + head * forget_head + channels * forget_channel
-    gates_at += (first + 1 if BACKWARDS else first) * forget_token
-    values_at = inputs + row * inputs_row + head * inputs_head + channels * inputs_channel + first * inputs_token
+    gated = first + 1 if BACKWARDS else first
+    gates_at = _place(forget, row, head, channels, forget_strides) + gated * forget_strides[2]
+    values_at = _place(inputs, row, head, channels, inputs_strides) + first * inputs_strides[2]
     at = which * T * D + first * D + channels  # in contiguous tensors
-
-    state = tl.zeros((CHANNELS,), tl.float32)
+    kept = which * (segments - 1) * D + channels
     product = tl.full((CHANNELS,), 1.0, tl.float32)
+    state = tl.zeros((CHANNELS,), tl.float32)
     if initial is not None and not SUMMARY:
-        given = initial + row * initial_row + head * initial_head + channels * initial_channel
-        state = tl.load(given, mask=wide & (CARRIED or segment == 0), other=0.0).to(tl.float32)
+        state = _read(_place(initial, row, head, channels, initial_strides), wide & (CARRIED or segment == 0))
     if CARRIED and not SUMMARY:
-        kept = which * (segments - 1) * D + channels
-        for past in tl.range(0, segment, num_stages=AHEAD):
-            gates = tl.load(through + kept + past * D, mask=wide, other=0.0)
-            state = gates * state + tl.load(ends + kept + past * D, mask=wide, other=0.0)
+        state = _after(state, through + kept, ends + kept, segment, D, wide, AHEAD)
 
-    since = first.to(tl.int32) % reset if RESET else 0  # tokens since the state was reset
+    since = gated.to(tl.int32) % reset if RESET else 0  # tokens from the last reset to the one whose gate is read
     for walked in tl.range(0, high - low, num_stages=AHEAD):
-        values = tl.load(values_at, mask=wide, other=0.0).to(tl.float32)
-        if BACKWARDS:
-            within = (walked > 0) | (high < T)
-            gates = tl.load(gates_at, mask=wide & within, other=0.0).to(tl.float32)
-            gates = tl.where(within, gates, 1.0)
-            if RESET:
-                gates = tl.where(within & (since == reset - 1), 0.0, gates)
-        else:
-            gates = tl.load(gates_at, mask=wide, other=0.0).to(tl.float32)
-            if RESET:
-                gates = tl.where(since == 0, 0.0, gates)
+        values = _read(values_at, wide)
+        # Nothing follows the last token: what is given with it counts whole.
+        within = (walked > 0) | (high < T) if BACKWARDS else walked >= 0
+        gates = _read(gates_at, wide & within)
+        gates = tl.where(within, tl.where(since == 0, 0.0, gates) if RESET else gates, 1.0)
         state = gates * state + values
         if SUMMARY:
             product *= gates
@@ -213,25 +199,46 @@ def _walk(
             tl.store(h + at, state.to(h.dtype.element_ty), mask=wide)
         if BACKWARDS and not SUMMARY:
             # Where a state begins its gate does nothing; what the gate of the first token did is written at the end.
-            goes = since > 0 if RESET else (low > 0) | (walked < high - low - 1)
-            before = tl.load(states + at - D, mask=wide & goes, other=0.0).to(tl.float32)
+            goes = since != 1 % reset if RESET else (low > 0) | (walked < high - low - 1)
+            changed = state * _read(states + at - D, wide & goes)
             written = wide & goes if began is not None else wide
-            tl.store(dforget + at, (state * before).to(dforget.dtype.element_ty), mask=written)
-        gates_at += onward * forget_token
-        values_at += onward * inputs_token
+            tl.store(dforget + at, changed.to(dforget.dtype.element_ty), mask=written)
+        gates_at += onward * forget_strides[2]
+        values_at += onward * inputs_strides[2]
         at += onward * D
-        if RESET:
-            since += onward
-            since = tl.where(since == reset, 0, since)
-            since = tl.where(since < 0, reset - 1, since)
-
+        since = _turn(since + onward, reset) if RESET else since
     if SUMMARY:
-        kept = which * (segments - 1) * D + segment * D + channels
-        tl.store(through + kept, product, mask=wide)
-        tl.store(ends + kept, state, mask=wide)
+        tl.store(through + kept + segment * D, product, mask=wide)
+        tl.store(ends + kept + segment * D, state, mask=wide)
     elif segment == segments - 1:
         tl.store(last + which * D + channels, state, mask=wide)
         if began is not None:
-            given = began + row * began_row + head * began_head + channels * began_channel
-            before = tl.load(given, mask=wide, other=0.0).to(tl.float32)
-            tl.store(dforget + which * T * D + channels, (state * before).to(dforget.dtype.element_ty), mask=wide)
+            changed = state * _read(_place(began, row, head, channels, began_strides), wide)
+            tl.store(dforget + which * T * D + channels, changed.to(dforget.dtype.element_ty), mask=wide)
+
+
+@triton.jit
+def _read(at, mask):
+    """A vector in float32."""
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _place(tensor, row, head, channels, strides):
+    """Where a row begins."""
+    return tensor + row * strides[0] + head * strides[1] + channels * strides[-1]
+
+
+@triton.jit
+def _after(state, through, ends, segments, D, wide, AHEAD: tl.constexpr):
+    """What the first `segments` segments make of `state`."""
+    for past in tl.range(0, segments, num_stages=AHEAD):
+        gates = tl.load(through + past * D, mask=wide, other=0.0)
+        state = gates * state + tl.load(ends + past * D, mask=wide, other=0.0)
+    return state
+
+
+@triton.jit
+def _turn(count, reset):
+    """`count` modulo `reset` where it is one too many or too few: cheaper than a division for every token."""
+    return tl.where(count == reset, 0, tl.where(count < 0, reset - 1, count))

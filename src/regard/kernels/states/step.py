@@ -32,8 +32,10 @@ def refuses(
     *,
     decay: Tensor | None = None,
     beta: Tensor | None = None,
+    delta: bool = False,
+    scale: float = 1.0,
 ) -> str | None:
-    """Why `step` cannot take these tensors, or None. Shapes are those of `step` already."""
+    """Why `step` cannot do this call, or None. Shapes are those of `step` already."""
     if why := device.refuses(q):
         return why
     given = {"q": q, "k": k, "v": v, "decay": decay, "beta": beta}
