@@ -1,5 +1,7 @@
 """RAT [135]: the oracles of its sheet, against a loop over tokens."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -25,15 +27,14 @@ def tiled(x, heads):
 
 def looped(q, k, v, gate, chunk, base=10000.0):
     """One token after the other, from the sheet: softmax over the concatenated list."""
-    B, H, T, D = v.shape
+    _, H, T, D = v.shape
     q, k = tiled(q, H), tiled(k, H)
     out = torch.zeros_like(v)
-    ends_k, ends_v = [], []
+    ends_k, ends_v, was = [], [], (0, 0)
     for t in range(T):
         at = torch.tensor([[t // chunk]])
         g, own = gate[:, :, t], (k[:, :, t], v[:, :, t])
-        key, value = ((1 - g) * x for x in own) if t % chunk == 0 else (
-            g * was + (1 - g) * x for was, x in zip((key, value), own, strict=True))  # fmt: skip
+        key, value = was = [(1 - g) * x + (0 if t % chunk == 0 else g * y) for x, y in zip(own, was, strict=True)]
         turned = rotate(key[:, :, None], at, base)
         keys, values = torch.cat([*ends_k, turned], 2), torch.cat([*ends_v, value[:, :, None]], 2)
         scores = rotate(q[:, :, t : t + 1], at, base) @ keys.transpose(2, 3) / D**0.5
@@ -142,7 +143,7 @@ def test_a_row_of_padding_alone_stays_as_it_was():
 def test_packed_sequences_are_their_own():
     call, cuts = made(29, B=1), [0, 3, 4, 16, 29]
     out, state = scan(*call, chunk=4, cu_seqlens=torch.tensor(cuts))
-    for i, (a, b) in enumerate(zip(cuts, cuts[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(cuts)):
         part = [x[:, :, a:b] for x in call]
         wanted, end = scan(*part, chunk=4)
         near(out[:, :, a:b], wanted)
@@ -170,7 +171,15 @@ def test_causal_and_chunks_speak_through_their_ends():
     assert (found[:, :, :4] - end[:, :, :4]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize(("T", "chunk", "backend"), [(7, 3, "auto"), (7, 3, "reference"), (3, 4, "auto"), (4, 1, "auto")])
+@pytest.mark.parametrize(
+    ("T", "chunk", "backend"),
+    [
+        (7, 3, "auto"),
+        (7, 3, "reference"),
+        (3, 4, "auto"),
+        (4, 1, "auto"),
+    ],
+)
 def test_gradients(T, chunk, backend):
     call = [x.requires_grad_() for x in made(T, B=1, G=1, H=2, D=2)]
     assert torch.autograd.gradcheck(lambda *x: scan(*x, chunk=chunk, backend=backend, check=False)[0], call)

@@ -158,8 +158,7 @@ def _tile(x: Tensor, heads: int) -> Tensor:
 def _summaries(laid: Grid, k: Tensor, v: Tensor, gate: Tensor, state: State | None) -> tuple[Tensor, Tensor]:
     """`k~` and `v~` at every slot, `[B, H, slots, D]`; free slots keep what stood before."""
     forget = laid.place(gate, 1.0)
-    split = (-1, k.shape[1])
-    found = []
+    split, found = (-1, k.shape[1]), []
     for x, was in ((k, None if state is None else state.key), (v, None if state is None else state.value)):
         x = laid.place(x, 0.0)
         x = x.unflatten(1, split) if x.shape[1] == v.shape[1] else x[:, None]
@@ -180,8 +179,7 @@ def _read(
 ) -> Tensor:
     """Softmax over earlier chunk ends and the own summary, `[B, H, slots, D]`.
 
-    Tokens at one place in their chunks see causal keys: a chunk has `chunk` query heads to one head of keys,
-    and no mask is needed.
+    The tokens at one place of their chunks are one query head, and see its chunk ends causally: no mask is needed.
     """
     B, H, slots, D = q.shape
     shape = (B * H, slots // laid.chunk, laid.chunk)
