@@ -8,6 +8,10 @@ import torch
 
 import terminal
 
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported, which a test of anything may do; on a GPU kernels are compiled.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _threads():

@@ -1,0 +1,36 @@
+"""What is compiled without a GPU: functions that call the kernels' public functions, as a user would.
+
+Tensors hold nothing (device `meta`), sizes are those that matter. Every kernel must be launched by one of them.
+"""
+
+import torch
+from torch import Tensor
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def step() -> None:
+    from regard.kernels.states.step import step
+
+    for B, D, dtype in [(1, 128, torch.bfloat16), (64, 64, torch.bfloat16), (64, 128, torch.bfloat16),
+                        (64, 256, torch.bfloat16), (64, 100, torch.bfloat16), (64, 128, torch.float32)]:  # fmt: skip
+        H = 16
+        vector, scalar = _empty(B, H, 1, D, dtype=dtype), _empty(B, H, 1, dtype=torch.float32)
+        state = _empty(B, H, D, D, dtype=torch.float32)
+        gates = [None, _empty(H, dtype=torch.float32), scalar, _empty(B, H, 1, D, dtype=torch.float32)]
+        for decay in gates:
+            for delta in (False, True):
+                step(vector, vector, vector, state, decay=decay, beta=scalar if delta else None, delta=delta)
+
+
+def elementwise() -> None:
+    from regard.kernels.states.elementwise import recur
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape, reset in [((64, 16, 2048, 128), None), ((1, 1, 131072, 1024), None), ((1, 1, 131072, 2048), 16)]:
+            forget, inputs = (_empty(*shape, dtype=dtype).requires_grad_() for _ in range(2))
+            initial = None if reset else _empty(*shape[:2], shape[3], dtype=torch.float32).requires_grad_()
+            h, last = recur(forget, inputs, initial=initial, reset=reset)
+            torch.autograd.backward([h, last], [torch.empty_like(h), torch.empty_like(last)])
