@@ -1,11 +1,12 @@
-"""The vector recurrence on the fastest path that computes exactly that: `primitives/elementwise.py`, or a kernel."""
+"""The vector recurrence on the fastest path that computes exactly that: a kernel on a GPU, else plain torch."""
 
 from torch import Tensor
 
-from regard.core.errors import choose
+from regard.core.errors import RegardError, choose
+from regard.kernels import device
 from regard.primitives import elementwise
 
-BACKENDS = ("auto", "torch")
+BACKENDS = ("auto", "torch", "triton")
 
 
 def recur(
@@ -23,7 +24,27 @@ def recur(
         inputs: `[..., T, D]`.
         initial: `[..., D]`; None: zero.
         reset: the state starts at zero at every multiple of it.
-        backend: "auto" or "torch".
+        backend: "triton" (gradients once), "torch", or "auto": the kernel where it does not refuse.
+
+    Raises:
+        RegardError: arguments do not belong together, or a named backend refuses them.
     """
     choose("backend", backend, BACKENDS)
-    return elementwise.recur(forget, inputs, initial=initial, reset=reset)
+    elementwise.check(forget, inputs, initial, reset)
+    refusal = "asked for" if backend == "torch" else _refuses(forget, inputs, initial, reset)
+    if backend == "triton" and refusal is not None:
+        raise RegardError(f"backend 'triton' refuses: {refusal}. Use backend='torch' or 'auto'")
+    if refusal is not None:
+        return elementwise.recur(forget, inputs, initial=initial, reset=reset)
+    from regard.kernels.states import elementwise as kernel
+
+    return kernel.recur(forget, inputs, initial=initial, reset=reset)
+
+
+def _refuses(forget: Tensor, inputs: Tensor, initial: Tensor | None, reset: int | None) -> str | None:
+    """Why no kernel can do this, or None."""
+    if refusal := device.refuses(inputs):
+        return refusal
+    from regard.kernels.states import elementwise as kernel
+
+    return kernel.refuses(forget, inputs, initial=initial, reset=reset)

@@ -66,7 +66,8 @@ class Mixer(nn.Module):
         """`x [B, T, width]`, `mask [B, T]` bool (False: padding): `y [B, T, width]`."""
         check(x, self.width, memory, mask, cu_seqlens)
         z, v, g, q, k = self.inputs(x).split(self.sizes, -1)
-        gate = torch.sigmoid(wide(g) + wide(self.bias)).to(v.dtype)
+        # The sum is float32 because the bias is.
+        gate = torch.sigmoid(g + wide(self.bias)).to(v.dtype)
         q, k = (split(part, self.groups) for part in (q, k))
         v, gate = (split(part, self.heads) for part in (v, gate))
         call = {"chunk": self.chunk, "base": self.base, "mask": mask, "cu_seqlens": cu_seqlens}
