@@ -70,7 +70,8 @@ class Grid(NamedTuple):
         if self.ends is None:
             return new.clone() if old is None else torch.cat([old[:, :, : self.first], new], 2)
         numbers = torch.arange(new.shape[2], device=new.device)
-        at = torch.as_tensor(self.first)[:, None] + numbers
+        assert isinstance(self.first, Tensor)
+        at = self.first[:, None] + numbers
         at = at.masked_fill(numbers * self.chunk > self.ends[:, None], total)
         empty = new.new_zeros(*new.shape[:2], total + 1, new.shape[3])
         if old is not None:

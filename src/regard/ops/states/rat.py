@@ -131,7 +131,7 @@ def scan(
 def step(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, state: State, *, base: float | None) -> tuple[Tensor, State]:
     """One token of `scan`, without gradients. The entries of `state` are written in place."""
     heads, chunk = v.shape[1], state.chunk
-    real = torch.as_tensor(state.real, device=v.device).view(-1, 1)
+    real = torch.full((1, 1), state.seen, device=v.device) if state.count is None else state.count[:, None]
     at, opens = real // chunk, (real % chunk == 0)[..., None]
     key, value = (
         (gate * was[:, :, None]).masked_fill(opens[..., None], 0) + torch.addcmul(x, gate, x, value=-1)
