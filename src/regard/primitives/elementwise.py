@@ -35,13 +35,13 @@ def recur(forget: Tensor, inputs: Tensor, *, initial: Tensor | None = None, rese
 
     Source: HGRN (2311.04823), equation 4, with the input already multiplied by its gate.
     """
-    _check(forget, inputs, initial, reset)
+    check(forget, inputs, initial, reset)
     return _Recur.apply(forget, inputs, initial, reset, False)  # type: ignore[return-value]
 
 
 def stepwise(forget: Tensor, inputs: Tensor, *, initial: Tensor | None = None, reset: int | None = None) -> Pair:
     """`recur` as a loop over tokens: the definition. Same call, same results, same errors."""
-    _check(forget, inputs, initial, reset)
+    check(forget, inputs, initial, reset)
     state = _zeros(inputs) if initial is None else initial.to(_exact(inputs))
     states = []
     for t in range(inputs.shape[-2]):
@@ -52,7 +52,7 @@ def stepwise(forget: Tensor, inputs: Tensor, *, initial: Tensor | None = None, r
     return (torch.stack(states, -2).to(inputs.dtype) if states else inputs), state
 
 
-def _check(forget: Tensor, inputs: Tensor, initial: Tensor | None, reset: int | None) -> None:
+def check(forget: Tensor, inputs: Tensor, initial: Tensor | None, reset: int | None) -> None:
     """Raise RegardError for arguments that do not belong together."""
     if inputs.dim() < 2 or forget.shape != inputs.shape:
         raise RegardError(

@@ -74,6 +74,77 @@ def fused(
     return _blank(out, lse, empty)
 
 
+def with_own(q: Tensor, k: Tensor, v: Tensor, score: Tensor, own: Tensor, *, scale: float) -> Tensor:
+    """Attention of row t over keys `j < t` and over one entry that is the row's alone, without a mask.
+
+    The same as joining `fused` over the keys and the entry by their log-sum-exp, but the gradient takes one
+    backward of the kernel: given the output and the log-sum-exp of the whole, it differentiates its part of it.
+
+    Args:
+        q: `[B, H, T, D]`.
+        k: `[B, Hk, T, D]`; the last key is seen by no row.
+        v: `[B, Hk, T, D]`.
+        score: `[B, H, T]`, scaled, in float32 (float64 for float64): of the row's own entry.
+        own: `[B, H, T, D]`, its value.
+        scale: of the other scores.
+
+    Returns:
+        `[B, H, T, D]`, differentiable once, laid out as `own` is.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    return _WithOwn.apply(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], score, own, scale)  # type: ignore[return-value]
+
+
+def own_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why `with_own` cannot do this call, or None if it can."""
+    if q.device.type == "cuda" and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+        return "torch's kernel for float32 on CUDA has no grouped heads"
+    return refuses(q, k, v)
+
+
+class _WithOwn(torch.autograd.Function):
+    """`with_own` where the kernel's keys are shifted already."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, score, own, scale):
+        out = torch.empty_like(own)
+        out[:, :, :1] = own[:, :, :1]
+        lse, extra = score[:, :, 1:], ()
+        if q.shape[2]:
+            before, lse, extra = _forward(q, k, v, None, True, scale)
+            lse = torch.logaddexp(lse, score[:, :, 1:])
+            weight = torch.exp(score[:, :, 1:] - lse)[..., None].to(own.dtype)
+            torch.lerp(before, own[:, :, 1:], weight, out=out[:, :, 1:])
+        tensors = [x for x in extra if isinstance(x, Tensor)]
+        ctx.extra = tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+        ctx.save_for_backward(q, k, v, score, own, out, lse, *tensors)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        q, k, v, score, own, out, lse, *tensors = ctx.saved_tensors
+        left = iter(tensors)
+        extra = tuple(next(left) if x is _TENSOR else x for x in ctx.extra)
+        rows = dout[:, :, 1:]
+        down, dscore = dout.clone(), torch.zeros_like(score)
+        if not q.shape[2]:
+            return (*(torch.zeros_like(x) for x in (q, k, v)), dscore, down, None)
+        weight = torch.exp(score[:, :, 1:] - lse)
+        down[:, :, 1:].mul_(weight[..., None].to(down.dtype))
+        share = ((own - out)[:, :, 1:] * rows).sum(-1, dtype=score.dtype)
+        dscore[:, :, 1:] = weight * share
+        if extra:
+            # Kernels may give an lse longer than the rows.
+            whole = extra[1].clone()
+            whole[..., : lse.shape[-1]] = lse
+            extra = (extra[0], whole, *extra[2:])
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        grads = _backward(rows, (q, k, v), out[:, :, 1:], lse, None, True, ctx.scale, extra)
+        return (*grads, dscore, down, None)
+
+
 def _additive(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The kernels' float mask `[1|B, 1|H, T, S]`, and which rows are empty (`[1|B, 1|H, T]`, None: none is).
 
