@@ -138,13 +138,14 @@ def mend(
 
 @triton.jit
 def mend_gradients(
-    Q, K, G, DOUT, WRITTEN, DVALUE, DQ, DK, DK2, WIDE, SEGMENTS, sq, sk, sg, sd, so, sv, scale, heads, span,
+    Q, K, G, DOUT, WRITTEN, DVALUE, DQ, DK, DKEY, DQUERY, WIDE, SEGMENTS, sq, sk, sg, sd, so, sv, scale, heads, span,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """In the wide chunks among `span` of one head and `BLOCK` channels, DQ, DK, DK2 from those of the shares to those of q and k, in place.
+    """In the wide chunks among `span` of one head and `BLOCK` channels, gradients of the shares become those of q and k, in place.
 
-    The products inside the chunk, which the sweeps left out, are added. DK2, DVALUE: the delta rule's, or None.
+    The products inside the chunk, which the sweeps left out, are added. DKEY, DQUERY, DVALUE: the delta rule's (see
+    gates.py), or None.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -170,13 +171,14 @@ def mend_gradients(
             dq = tl.load(spot, mask=ok[:, None], other=0.0) * fall + gather(q, k, P, H, rows, False, CHUNK)
             tl.store(spot, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
             spot = at(DK, so, batch, head, token, 1) + here
-            dk = tl.load(spot, mask=ok[:, None], other=0.0) * rise
-            dk += gather(q, k, P, H, rows, True, CHUNK)
-            if DK2 is not None:
+            dk = tl.load(spot, mask=ok[:, None], other=0.0) * rise + gather(q, k, P, H, rows, True, CHUNK)
+            tl.store(spot, dk.to(DK.dtype.element_ty), mask=ok[:, None])
+            if DKEY is not None:
                 dvalue = tile(at(DVALUE, sv, batch, head, token, 1), rows, sv[2], columns, ok)
                 P = tl.where(rows[:, None] > rows[None, :], -dot(dvalue, tl.trans(u), PRECISION), 0.0)
-                dk += gather(k, k, P, H, rows, True, CHUNK)
-                spot2 = at(DK2, so, batch, head, token, 1) + here
-                dk2 = tl.load(spot2, mask=ok[:, None], other=0.0) * fall + gather(k, k, P, H, rows, False, CHUNK)
-                tl.store(spot2, dk2.to(DK2.dtype.element_ty), mask=ok[:, None])
-            tl.store(spot, dk.to(DK.dtype.element_ty), mask=ok[:, None])
+                spot = at(DKEY, so, batch, head, token, 1) + here
+                dk = tl.load(spot, mask=ok[:, None], other=0.0) * rise + gather(k, k, P, H, rows, True, CHUNK)
+                tl.store(spot, dk.to(DKEY.dtype.element_ty), mask=ok[:, None])
+                spot = at(DQUERY, so, batch, head, token, 1) + here
+                dk = tl.load(spot, mask=ok[:, None], other=0.0) * fall + gather(k, k, P, H, rows, False, CHUNK)
+                tl.store(spot, dk.to(DQUERY.dtype.element_ty), mask=ok[:, None])

@@ -14,14 +14,14 @@ from regard.kernels.states.sweep import at, dot, is_wide, tile
 
 @triton.jit
 def gates(
-    Q, DQ, K, DK, DK2, G, DG, WIDE, KNOWN, LAST, SEQUENCES, sq, sk, so, sg, sx, heads,
+    Q, DQ, K, DK, DKEY, DQUERY, G, DG, WIDE, KNOWN, LAST, SEQUENCES, sq, sk, so, sg, sx, heads,
     DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The tokens between two anchors of one head, `BLOCK` channels.
 
-    DK2: the part of dk that acts as a query's (the delta rule's), then added to DK. CHANNELS: DQ, DK, DK2 are gradients
-    of shares (see factor.py) and become those of q and k, unless the chunk is wide and was mended. KNOWN
+    DKEY, DQUERY: what the delta rule adds to DK, as to a key and as to a query. CHANNELS: these are gradients of shares
+    (see factor.py) and become those of q and k, unless the chunk is wide and was mended. KNOWN
     `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of each
     sequence on. DG (None: not wanted) by token and channel, or by block of channels and token.
     """
@@ -49,6 +49,8 @@ def gates(
         to_q, to_k = at(DQ, so, batch, head, token, 1) + here, at(DK, so, batch, head, token, 1) + here
         dq = tl.load(to_q, mask=ok[:, None], other=0.0).to(tl.float32)
         dk = tl.load(to_k, mask=ok[:, None], other=0.0).to(tl.float32)
+        if DKEY is not None:
+            dk += tl.load(at(DKEY, so, batch, head, token, 1) + here, mask=ok[:, None], other=0.0).to(tl.float32)
         if CHANNELS:
             g = tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok)
             H, total = along_channels(g, rows)
@@ -63,14 +65,14 @@ def gates(
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok).to(tl.float32)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok).to(tl.float32)
             own = q * dq - k * dk
-        if DK2 is not None:
-            more = tl.load(at(DK2, so, batch, head, token, 1) + here, mask=ok[:, None], other=0.0).to(tl.float32)
+        if DQUERY is not None:
+            more = tl.load(at(DQUERY, so, batch, head, token, 1) + here, mask=ok[:, None], other=0.0).to(tl.float32)
             if CHANNELS:
                 more *= fall
             if DG is not None:
                 own += k * more
             dk += more
-        if CHANNELS or DK2 is not None:
+        if CHANNELS or DKEY is not None:
             tl.store(to_k, dk.to(DK.dtype.element_ty), mask=ok[:, None])
         if DG is not None:
             if CHANNELS:

@@ -10,7 +10,7 @@ and k in place of q, because its correction reads the state as a query would.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,6 +53,8 @@ def refuses(
     for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
         if size not in SIZES:
             return f"the kernels take {name} of {', '.join(map(str, SIZES))}, got {size}"
+    if decay is not None and decay.dim() == 1 and decay.requires_grad and q.dtype != torch.float32:
+        return "one decay a head adds up over all tokens: its gradient needs float32"
     if 0 in q.shape:
         return "there is nothing to compute"
     return None
@@ -69,11 +71,13 @@ class Launch:
 
 
 def launch(kernel: str, dim: int, columns: int, channels: bool, dtype: torch.dtype) -> Launch:
-    """A fixed table, so that nothing is tried at run time."""
+    """A fixed table, so that nothing is tried at run time (docs/log.md has the measurements)."""
     if dtype == torch.float32:
-        return Launch(min(columns, 32 if dim > 64 else 64), 4 if dim <= 64 else 8, 1)
+        return Launch(min(columns, 64), 4 if dim <= 64 else 8, 1)
     if dim > 128:
-        return Launch(min(columns, 32), 8, 1)
+        return Launch(min(columns, 64), 8, 1)
+    if kernel == "turned" and not channels:
+        return Launch(min(columns, 64), 4, 2)
     return Launch(min(columns, 64), 4, 2)
 
 
@@ -133,7 +137,10 @@ class Problem:
     def launch(self, kernel: str, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
         how = launch(kernel, dim, columns, self.kind == CHANNEL, self.dtype)
-        return {"num_warps": how.warps, "num_stages": how.stages, "maxnreg": how.registers}, (columns // how.block, how.block)
+        return {"num_warps": how.warps, "num_stages": how.stages, "maxnreg": how.registers}, (
+            columns // how.block,
+            how.block,
+        )
 
     def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
         """Memory for a state of every segment."""
@@ -202,10 +209,9 @@ def run(
     *,
     a: Tensor | None = None,
     out: Tensor | None = None,
-    extra_queries: tuple[Tensor, Tensor] | None = None,
-    extra_keys: tuple[Tensor, Tensor] | None = None,
     turned: bool = False,
     reverse: bool = False,
+    strict: bool = False,
     scale: float = 1.0,
     begin: Tensor | None = None,
     end: Tensor | None = None,
@@ -216,27 +222,23 @@ def run(
 ) -> None:
     """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
 
-    `extra_queries`: (a2, out2). `extra_keys`: (b2, c2). `rule`: (beta, triangle, error or None).
+    `strict`: without the token itself. `rule`: (beta, triangle, error or None).
     """
     dim, columns = b.shape[3], c.shape[3]
     keywords, (blocks, block) = p.launch("turned" if turned else "sweep", dim, columns)
-    a2, out2 = extra_queries or (None, None)
-    b2, c2 = extra_keys or (None, None)
     beta, triangle, error = rule or (None, None, None)
     entry = None if rule is None else f.entry
     of_out = error if out is None else out
     group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
     strides = [_three(x) for x in (a, b, c, entry, of_out)]
     groups = [group(x) for x in (a, b, c)]
-    bulk, (a, a2, b, b2, entry), (c, c2, out, out2, error) = bulked(
-        p, (a, a2, b, b2, entry), dim, (c, c2, out, out2, error), block
-    )
+    bulk, (a, b, entry), (c, out, error) = bulked(p, (a, b, entry), dim, (c, out, error), block)
     sweep[(blocks, p.heads, p.segments.count)](
-        a, a2, b, b2, c, c2, out, out2, p.decay, f.scaling, f.wide, None if turned else f.scores,
+        a, b, c, out, p.decay, f.scaling, f.wide, None if turned else f.scores,
         beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
         *strides, p.strides_g, _three(beta), _four(begin), _four(end), scale, p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
-        DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, BULK=bulk, BLOCKS=p.blocks,
+        DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk, BLOCKS=p.blocks,
         EVERY=EVERY, **p.settings, **keywords,
     )  # fmt: skip
 
@@ -361,19 +363,35 @@ class _Scan(torch.autograd.Function):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         first = None if dlast is None else dlast.float() / ctx.scale
         learned = p.decay is not None and ctx.needs_input_grad[3]
-        marks = _marks(p) if learned else (None, None)
+        anchors = _anchors(p) if learned else None
         if beta is None:
-            dq, dk, dv, dbegin = _plain(p, f, v, dout, ctx.scale, (begins, first), marks)
-            dbeta, dkey, written = None, None, v
+            g = _plain(p, f, v, dout, ctx.scale, (begins, first), anchors)
         else:
-            taught = (beta, triangle, matrix, error)
-            dq, dk, dkey, dv, dbeta, dbegin, written = _delta(p, f, dout, ctx.scale, taught, (begins, first), marks)
+            g = _delta(p, f, dout, ctx.scale, (beta, triangle, matrix, error), (begins, first), anchors)
         if p.kind == CHANNEL:
-            _mended(p, f, (q, k), (dout, written, dv), (dq, dk, dkey), ctx.scale)
+            _mended(p, f, (q, k), dout, g, ctx.scale)
         final = last * dlast if learned and dlast is not None else None
-        ddecay = _decays(p, f, (q, k), (dq, dk, dkey), ctx.scale, marks[1], final)
-        dbegin = dbegin * ctx.scale if ctx.first else None
-        return _grouped(dq, q), _grouped(dk, k), dv, ddecay, dbeta, dbegin, None, None
+        ddecay = _decays(p, f, (q, k), g, final)
+        dbegin = g.first * ctx.scale if ctx.first else None
+        return _grouped(g.q, q), _grouped(g.k, k), g.v, ddecay, g.beta, dbegin, None, None
+
+
+@dataclass
+class Gradients:
+    """Gradients of one scan: `key` and `query` are what the delta rule adds to `k`; `first` is over the scale.
+
+    `written`: the values written. `known`: what decays have summed to from each anchor on (see gates.py).
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    written: Tensor
+    first: Tensor | None
+    known: Tensor | None
+    key: Tensor | None = None
+    query: Tensor | None = None
+    beta: Tensor | None = None
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:
@@ -385,90 +403,95 @@ def _turn(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.mT
 
 
-def _marks(p: Problem) -> tuple[Tensor, Tensor]:
-    """Memory for the states at anchors (turned) and for what they and their gradients sum to."""
-    count = p.segments.chunks // EVERY
-    states = torch.empty(count, p.heads, p.columns, p.dim, dtype=p.fine, device=p.device)
-    return states, torch.empty(count, p.heads, p.dim, dtype=torch.float32, device=p.device)
+def _anchors(p: Problem) -> Tensor:
+    """Memory for the states at anchors, turned."""
+    shape = (p.segments.chunks // EVERY, p.heads, p.columns, p.dim)
+    return torch.empty(shape, dtype=p.fine, device=p.device)
 
 
-def _plain(p, f, v, dout, scale, states, marks):
-    """Gradients without the delta rule: `(dq, dk, dv, gradient of the first state / scale)`."""
+def _plain(p, f, v, dout, scale, states, anchors) -> Gradients:
+    """Gradients without the delta rule."""
     begins, first = states
     dq, dk, dv = p.like(p.dim, f.left), p.like(p.dim, f.left), p.like(p.columns, f.left)
-    run(p, f, v, f.right, a=dout, out=dq, scale=scale, turned=True, begin=_turn(begins), anchors=marks[0])
+    run(p, f, v, f.right, a=dout, out=dq, scale=scale, turned=True, begin=_turn(begins), anchors=anchors)
     ends, last = carried(p, f, f.left, dout, first, None, True, None)
     end = p.states(p.dim, p.columns) if last is None else None
     run(p, f, f.left, dout, a=f.right, out=dv, scale=scale, reverse=True, begin=ends, end=end)
+    known = _keys(p, f, (dout, f.left, v, dk), scale, ends, anchors, strict=False)
+    return Gradients(dq, dk, dv, v, end if last is None else last, known)
+
+
+def _keys(p, f, parts, scale, ends, anchors, strict) -> Tensor | None:
+    """`out_j = scale * sum_i (a_j . b_i) w c_i` over later tokens, and what it gives decays at anchors."""
+    b, c, a, out = parts
+    known = None
+    if anchors is not None:
+        known = torch.empty(anchors.shape[0], p.heads, p.dim, dtype=torch.float32, device=p.device)
     run(
-        p, f, dout, f.left, a=v, out=dk, scale=scale, reverse=True, turned=True, begin=_turn(ends),
-        anchors=marks[0], meet=marks[1],
+        p, f, b, c, a=a, out=out, scale=scale, turned=True, reverse=True, strict=strict, begin=_turn(ends),
+        anchors=anchors, meet=known,
     )  # fmt: skip
-    return dq, dk, dv, end if last is None else last
+    return None if known is None else known.mul_(scale)
 
 
-def _delta(p, f, dout, scale, taught, states, marks):
-    """Gradients of the delta rule, dk in two parts, as a key's and as a query's; and what was written."""
+def _delta(p, f, dout, scale, taught, states, anchors) -> Gradients:
+    """Gradients of the delta rule."""
     beta, triangle, matrix, error = taught
     begins, first = states
-    if f.left.stride() != f.right.stride():
-        f = replace(f, left=f.left.contiguous(), right=f.right.contiguous())
     dv, written = torch.empty_like(error), torch.empty_like(error)
-    if dout.stride() != dv.stride():
-        dout = torch.empty_like(dv).copy_(dout)
     blocks = p.launch("back", p.dim, p.columns)[1][0]
     dbeta = torch.empty(blocks, *beta.shape, dtype=torch.float32, device=p.device)
     local = None if matrix is None else lambda end: back(p, f, dout, scale, (beta, triangle), None, end, None)
     ends, last = carried(p, f, f.left, dout, first, matrix, True, local)
     end = p.states(p.dim, p.columns) if last is None else None
     back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, written, dbeta))
-    dq, dquery, dkey = (p.like(p.dim, dout) for _ in range(3))
-    run(
-        p, f, written, f.right, a=dout, out=dq, extra_queries=(dv, dquery), scale=scale, turned=True,
-        begin=_turn(begins), anchors=marks[0],
-    )  # fmt: skip
+    # The state behind `back` is that of dout less that of dv, over the scale.
+    of_dout, of_dv = (
+        (first, None) if matrix is None else (carried(p, f, f.left, dout, first, None, True, None)[0], None)
+    )
+    if matrix is not None:
+        of_dv = (of_dout - ends) * scale
+    dq, dk, dkey, dquery = (p.like(p.dim, dout) for _ in range(4))
+    turned = {"turned": True, "begin": _turn(begins)}
+    run(p, f, written, f.right, a=dout, out=dq, scale=scale, anchors=anchors, **turned)
+    run(p, f, written, f.right, a=dv, out=dquery, scale=-1.0, strict=True, **turned)
+    known = _keys(p, f, (dout, f.left, written, dk), scale, of_dout, anchors, strict=False)
     key = f.right if f.entry is None else f.entry
-    run(
-        p, f, dout, f.left, a=written, out=dkey, extra_keys=(dv, key), scale=scale, turned=True, reverse=True,
-        begin=_turn(ends), anchors=marks[0], meet=marks[1],
-    )  # fmt: skip
-    return dq, dkey, dquery, dv, dbeta.sum(0).to(beta.dtype), end if last is None else last, written
+    more = _keys(p, f, (dv, key, written, dkey), -1.0, of_dv, anchors, strict=True)
+    known = None if known is None else known + more
+    first = end if last is None else last
+    return Gradients(dq, dk, dv, written, first, known, dkey, dquery, dbeta.sum(0).to(beta.dtype))
 
 
-def _mended(p, f, qk, values, parts, scale):
+def _mended(p, f, qk, dout, g: Gradients, scale) -> None:
     """Launch `mend_gradients`."""
     q, k = qk
-    dout, written, dv = values
-    dq, dk, dkey = parts
     mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
-        q, k, p.decay, dout, written, dv, dq, dk, dkey, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(dout), _three(dq), _three(written), scale, p.heads, LOOK,
+        q, k, p.decay, dout, g.written, g.v, g.q, g.k, g.key, g.query, f.wide, p.segments.table,
+        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), scale, p.heads, LOOK,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, SPAN=p.span, BLOCKS=p.blocks,
         **p.settings, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
-def _decays(p, f, qk, parts, scale, known, final):
+def _decays(p, f, qk, g: Gradients, final) -> Tensor | None:
     """The gradient of the decays (None: not wanted); the gradients of q and k are finished on the way, in place."""
     q, k = qk
-    dq, dk, dkey = parts
     channels = p.kind == CHANNEL
-    if known is None and dkey is None and not channels:
+    if g.known is None and g.key is None and not channels:
         return None
     blocks = p.blocks if channels else max(1, p.dim // 128)
-    block = p.dim // blocks
     ddecay = None
-    if known is not None:
-        known.mul_(scale)
+    if g.known is not None:
         shape = (p.batch, p.heads, p.tokens)
         dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
         ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
     strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
     gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
-        q, dq, k, dk, dkey, p.decay, ddecay, f.wide, known, None if final is None else final.sum(-1), p.whole.table,
-        _three(q), _three(k), _three(dq), p.strides_g, strides, p.heads,
-        DIM=p.dim, BLOCK=block, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks, **p.settings,
-        num_warps=4 if channels else 8, num_stages=1,
+        q, g.q, k, g.k, g.key, g.query, p.decay, ddecay, f.wide, g.known, None if final is None else final.sum(-1),
+        p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g, strides, p.heads,
+        DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
+        **p.settings, num_warps=4 if channels else 8, num_stages=1,
     )  # fmt: skip
     if ddecay is None:
         return None

@@ -123,20 +123,21 @@ def is_wide(WIDE, chunk, head, heads, BLOCKS: tl.constexpr):
 
 @triton.jit
 def sweep(
-    A, A2, B, B2, C, C2, OUT, OUT2, G, FACTORS, WIDE, SCORES, BETA, TRIANGLE, ENTRY, ERROR, BEGIN, END, TOTAL, ANCHORS,
-    MEET, SEGMENTS, sa, sb, sc, se, so, sg, sw, sn, sm, scale, heads,
+    A, B, C, OUT, G, FACTORS, WIDE, SCORES, BETA, TRIANGLE, ENTRY, ERROR, BEGIN, END, TOTAL, ANCHORS, MEET, SEGMENTS,
+    sa, sb, sc, se, so, sg, sw, sn, sm, scale, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, GROUP_C: tl.constexpr, GROUP_G: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, BULK: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, EVERY: tl.constexpr,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, BULK: tl.constexpr, BLOCKS: tl.constexpr,
+    EXACT: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """One segment of one head, `BLOCK` columns of c.
 
-    Pointers that are None switch their part off. A, OUT: without them only the state is carried. A2, OUT2: more
-    queries of the same state, strict, negative and unscaled. B2, C2: more keys and values into it, likewise. WIDE: see
-    factor.py; the products a . b of such a chunk lie in SCORES, or, without it, are added later. TRIANGLE: c becomes what the delta rule writes with strength
-    BETA; ERROR receives it over beta; ENTRY: b with the decay up to it. BEGIN, END: the state
-    `[n, heads, DIM, COLUMNS]` before and after. TOTAL: all decay of the segment. ANCHORS: the state every `EVERY`
-    chunks, written forwards; MEET: its product with the state of this sweep, backwards. Strides are (batch, head, token), of states (segment, head, row, column).
+    Pointers that are None switch their part off. A, OUT: without them only the state is carried. STRICT: token i itself
+    is left out. WIDE: see factor.py; the products a . b of such a chunk lie in SCORES, or, without it, are added later.
+    TRIANGLE: c becomes what the delta rule writes with strength BETA; ERROR receives it over beta; ENTRY: b with the
+    decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before and after. TOTAL: all decay of the segment.
+    ANCHORS: the state every `EVERY` chunks, written forwards; MEET: its product with the state of this sweep,
+    backwards. Strides are (batch, head, token), of states (segment, head, row, column).
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -146,7 +147,8 @@ def sweep(
     rows, dims, columns = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK + tl.arange(0, BLOCK)
     skipped = block * BLOCK
     before = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-    strictly = before & (rows[:, None] != rows[None, :])
+    if STRICT:
+        before = before & (rows[:, None] != rows[None, :])
     S = tl.zeros((DIM, BLOCK), tl.float32)
     if BEGIN is not None:
         S = tl.load(BEGIN + segment * sn[0] + head * sn[1] + dims[:, None] * sn[2] + columns[None, :] * sn[3])
@@ -221,33 +223,10 @@ def sweep(
             if DECAY == 1 or DECAY == 2:
                 out *= tl.exp2(H)[:, None]
             out += dot(scores.to(kind), c, PRECISION)
-            if B2 is not None:
-                b2 = fetch(B2, sb, batch, head, token, rows, dims, 0, ok, GROUP_B, BULK)
-                c2 = fetch(C2, sc, batch, head, token, rows, columns, skipped, ok, GROUP_C, BULK)
-                c2 = (c2.to(tl.float32) * (-1.0 / scale)).to(kind)
-                scores = tl.where(strictly, dot(a, tl.trans(b2), PRECISION), 0.0)
-                if DECAY == 1 or DECAY == 2:
-                    scores *= weight
-                if WIDE is not None:
-                    scores = tl.where(wide, 0.0, scores)
-                out += dot(scores.to(kind), c2, PRECISION)
             put(OUT, so, batch, head, token, rows, columns, skipped, ok, out * scale, BULK)
-        if A2 is not None:
-            a = fetch(A2, sa, batch, head, token, rows, dims, 0, ok, GROUP_A, BULK)
-            scores = tl.where(strictly, dot(a, tl.trans(b), PRECISION), 0.0)
-            out = dot(a, state, PRECISION)
-            if DECAY == 1 or DECAY == 2:
-                scores *= weight
-                out *= tl.exp2(H)[:, None]
-            if WIDE is not None:
-                scores = tl.where(wide, 0.0, scores)
-            out += dot(scores.to(kind), c, PRECISION)
-            put(OUT2, so, batch, head, token, rows, columns, skipped, ok, -out, BULK)
         if DECAY == 1 or DECAY == 2:
             rest = tl.exp2(total - H)[:, None]
             c = (c * rest).to(kind)
-            if B2 is not None:
-                c2 = (c2 * rest).to(kind)
             S *= tl.exp2(total)
         elif DECAY == 3:
             S *= kept[:, None]
@@ -256,8 +235,6 @@ def sweep(
             S *= kept[None, :]
             held = leaving
         S += dot(tl.trans(b), c, PRECISION)
-        if B2 is not None:
-            S += dot(tl.trans(b2), c2, PRECISION)
         if TOTAL is not None:
             if DECAY == 3:
                 passed += tl.log2(entering) + tl.log2(kept) + tl.log2(leaving)
