@@ -1,3 +1,6 @@
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# (a type checker reads a Triton kernel as Python, which it is not)
 """What the delta rule needs besides sweeps: the triangle of each chunk solved, and its own way back.
 
 Inside a chunk the corrections `x_i = v_i - (decayed state before i)^T k_i` depend on each other through
@@ -10,16 +13,22 @@ import triton.language as tl
 
 from regard.kernels.states.factor import along_channels, exact_scores
 from regard.kernels.states.sweep import (
-    along_head,
+    advanced,
     along_tokens,
     at,
     at_once,
+    begun,
     dot,
     fetch,
     is_wide,
+    products,
     put,
     rate,
+    read,
+    scaled,
+    segment_of,
     shares,
+    state_spot,
     strengths,
     tile,
 )
@@ -61,11 +70,10 @@ def solve(
     """`(I + A)^-1` of one chunk and head, `TRIANGLE [chunks, heads, C, C]`; ENTRY, RIGHT, WIDE: see factor.py."""
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     index, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
-    token, end = tl.load(SEGMENTS + segment * 4 + 1) + index * CHUNK, tl.load(SEGMENTS + segment * 4 + 2)
+    batch, start, end, first = segment_of(SEGMENTS, segment)
+    token, chunk = start + index * CHUNK, first + index
     if token >= end:
         return
-    chunk = tl.load(SEGMENTS + segment * 4 + 3) + index
     rows, dims = tl.arange(0, CHUNK), tl.arange(0, DIM)
     ok = rows < end - token
     if DECAY == 3:
@@ -73,7 +81,7 @@ def solve(
         A = dot(entry, tl.trans(tile(at(RIGHT, so, batch, head, token, 1), rows, so[2], dims, ok)), PRECISION)
         if is_wide(WIDE, chunk, head, heads, BLOCKS):
             k = tile(at(K, sk, batch, head, token, GROUP_K), rows, sk[2], dims, ok)
-            H, total = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
+            H, _ = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
             A = exact_scores(k, k, H, rows, CHUNK)
     else:
         k = tile(at(K, sk, batch, head, token, GROUP_K), rows, sk[2], dims, ok)
@@ -82,7 +90,7 @@ def solve(
             A *= tl.exp2(tl.abs(rows[:, None] - rows[None, :]).to(tl.float32) * rate(G, head))
         elif DECAY == 2:
             g = tl.load(at(G, sg, batch, head, token, GROUP_G) + rows * sg[2], mask=ok, other=0.0)
-            H, total = along_tokens(g, False)
+            H, _ = along_tokens(g, False)
             A *= tl.exp2(tl.minimum(H[:, None] - H[None, :], 0.0))
     beta = strengths(BETA, sw, batch, head, token, rows, ok)
     A = tl.where(rows[:, None] > rows[None, :], A, 0.0) * beta[:, None]
@@ -103,78 +111,48 @@ def back(
 
     `du = scale (P^T dout + k S')` is turned into `z = (I + A)^-T du`, the gradient of `beta x`; then
     DVALUE = beta z is the gradient of v, WRITTEN = beta x what was written, DBETA `[blocks, B, heads, T]` the part
-    of beta's gradient in these columns. S' `= sum w (q^T dout - k^T beta z / scale)` lies in BEGIN and END.
-    With decay by channel, Q and K are the shares of factor.py, and ENTRY, SCORES, FACTORS come with them.
+    of beta's gradient in these columns. S' `= sum w (q^T dout - k^T beta z / scale)`
+    lies in BEGIN and END. With decay by channel, Q and K are the shares of factor.py, which ENTRY, SCORES and FACTORS
+    come with.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
-    start, end = tl.load(SEGMENTS + segment * 4 + 1), tl.load(SEGMENTS + segment * 4 + 2)
-    first = tl.load(SEGMENTS + segment * 4 + 3)
-    rows, dims, columns = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK + tl.arange(0, BLOCK)
-    skipped = block * BLOCK
-    later = rows[:, None] <= rows[None, :]
-    S = tl.zeros((DIM, BLOCK), tl.float32)
-    if DECAY == 3:
-        held = tl.full((DIM,), 1.0, tl.float32)
-    if BEGIN is not None:
-        S = tl.load(BEGIN + segment * sn[0] + head * sn[1] + dims[:, None] * sn[2] + columns[None, :] * sn[3])
-        S = S.to(tl.float32)
-    if DECAY == 1:
-        slope = rate(G, head)
-        weight = tl.exp2(tl.abs(rows[:, None] - rows[None, :]).to(tl.float32) * slope)
+    batch, start, end, first = segment_of(SEGMENTS, segment)
+    rows, dims, skipped = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK
+    columns = skipped + tl.arange(0, BLOCK)
+    S = begun(BEGIN, sn, segment, head, dims, columns, DIM, BLOCK)
+    slope = rate(G, head) if DECAY == 1 else 0.0
     chunks = tl.cdiv(end - start, CHUNK)
     for i in range(chunks):
-        index = chunks - 1 - i
-        token = start + index * CHUNK
+        token, chunk = start + (chunks - 1 - i) * CHUNK, first + chunks - 1 - i
         ok = rows < end - token
-        solved = at_once(TRIANGLE, first + index, head, heads, rows, token < end, CHUNK)
+        solved = at_once(TRIANGLE, chunk, head, heads, rows, token < end, CHUNK)
+        x, y, z = shares(
+            G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, dims, DIM, GROUP_G, DECAY, True
+        )
+        wide = is_wide(WIDE, chunk, head, heads, BLOCKS) if WIDE is not None else False
         q = fetch(Q, sq, batch, head, token, rows, dims, 0, ok, GROUP, BULK)
         k = fetch(K, sk, batch, head, token, rows, dims, 0, ok, GROUP, BULK)
         dout = fetch(DOUT, sd, batch, head, token, rows, columns, skipped, ok, 1, BULK)
-        kind = k.dtype
-        if DECAY == 1:
-            H, total = along_head(slope, tl.minimum(end - token, CHUNK), rows, True)
-        elif DECAY == 2:
-            g = tl.load(at(G, sg, batch, head, token, GROUP_G) + rows * sg[2], mask=ok, other=0.0)
-            H, total = along_tokens(g, True)
-            weight = tl.exp2(tl.minimum(H[:, None] - H[None, :], 0.0))
-        elif DECAY == 3:
-            entering, kept, leaving = shares(FACTORS, first + index, head, heads, dims, DIM)
-            S *= (held * entering)[:, None]
-        corner = ((first + index) * heads + head).to(tl.int64) * CHUNK * CHUNK
-        state = S.to(kind)
-        du = dot(k, state, PRECISION)
-        scores = tl.where(later, dot(k, tl.trans(q), PRECISION), 0.0)
         if DECAY == 3:
-            if is_wide(WIDE, first + index, head, heads, BLOCKS):
-                scores = tl.load(SCORES + corner + rows[:, None] + rows[None, :] * CHUNK).to(tl.float32)
-            k = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK)
-        elif DECAY != 0:
-            scores *= weight
-            du *= tl.exp2(H)[:, None]
-        du += dot(scores.to(kind), dout, PRECISION)
-        z = dot(tl.trans(solved), (du * scale).to(solved.dtype), PRECISION)
+            S = scaled(S, x, DECAY)
+        scores = products(k, q, x, SCORES, wide, chunk, head, heads, rows, DECAY, True, False, False, CHUNK, PRECISION)
+        du = read(k, S.to(k.dtype), x, DECAY, PRECISION) + dot(scores.to(k.dtype), dout, PRECISION)
+        ascent = dot(tl.trans(solved), (du * scale).to(solved.dtype), PRECISION)
         beta = strengths(BETA, sw, batch, head, token, rows, ok)
-        dvalue = z * beta[:, None]
+        dvalue = ascent * beta[:, None]
         if ERROR is not None:
             error = fetch(ERROR, so, batch, head, token, rows, columns, skipped, ok, 1, BULK).to(tl.float32)
             put(DVALUE, so, batch, head, token, rows, columns, skipped, ok, dvalue, BULK)
             put(WRITTEN, so, batch, head, token, rows, columns, skipped, ok, error * beta[:, None], BULK)
             spot = at(DBETA + block.to(tl.int64) * sx[3], sx, batch, head, token, 1) + rows
-            tl.store(spot, tl.sum(z * error, 1), mask=ok)
+            tl.store(spot, tl.sum(ascent * error, 1), mask=ok)
         if DECAY == 3:
-            S *= kept[:, None]
-            held = leaving
-        elif DECAY != 0:
-            rest = tl.exp2(total - H)[:, None]
-            dout = (dout * rest).to(kind)
-            dvalue *= rest
-            S *= tl.exp2(total)
-        S += dot(tl.trans(q), dout, PRECISION)
-        S += dot(tl.trans(k), (dvalue * (-1.0 / scale)).to(kind), PRECISION)
+            k = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK)
+        if DECAY == 1 or DECAY == 2:
+            dvalue *= tl.exp2(y)[:, None]
+        S = advanced(S, q, dout, x, y, z, wide, DECAY, PRECISION)
+        dvalue = (dvalue * (-1.0 / scale)).to(k.dtype)
+        S += scaled(dot(tl.trans(k), dvalue, PRECISION), z, DECAY if DECAY == 3 else 0)
     if END is not None:
-        if DECAY == 3:
-            S *= held[:, None]
-        spot = END + segment * sm[0] + head * sm[1] + dims[:, None] * sm[2] + columns[None, :] * sm[3]
-        tl.store(spot, S)
+        tl.store(END + state_spot(sm, segment, head, dims, columns), S)

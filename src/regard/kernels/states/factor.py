@@ -1,3 +1,6 @@
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# (a type checker reads a Triton kernel as Python, which it is not)
 """Decay by channel: its weights split into a share of queries and a share of keys, one chunk at a time.
 
 `2^(H_i - H_j) = 2^(H_i - m) 2^(m - H_j)`: with m in the middle of the chunk both shares stay finite, unless a channel
@@ -11,7 +14,7 @@ Read backwards the two shares change places, so one pass over the tokens serves 
 import triton
 import triton.language as tl
 
-from regard.kernels.states.sweep import at, dot, is_wide, tile
+from regard.kernels.states.sweep import at, dot, is_wide, segment_of, tile
 
 
 @triton.jit
@@ -72,11 +75,10 @@ def factor(
     width: tl.constexpr = DIM // BLOCK
     index, head, segment = tl.program_id(0) // width, tl.program_id(1), tl.program_id(2)
     block = tl.program_id(0) % width
-    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
-    token, end = tl.load(SEGMENTS + segment * 4 + 1) + index * CHUNK, tl.load(SEGMENTS + segment * 4 + 2)
+    batch, start, end, first = segment_of(SEGMENTS, segment)
+    token, chunk = start + index * CHUNK, first + index
     if token >= end:
         return
-    chunk = tl.load(SEGMENTS + segment * 4 + 3) + index
     rows, dims = tl.arange(0, CHUNK), block * BLOCK + tl.arange(0, BLOCK)
     ok = rows < end - token
     g = tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok)
@@ -120,15 +122,13 @@ def mend(
 ):  # fmt: skip
     """SCORES of the wide chunks among `span` of one head."""
     piece, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
-    start, end = tl.load(SEGMENTS + segment * 4 + 1), tl.load(SEGMENTS + segment * 4 + 2)
-    first = tl.load(SEGMENTS + segment * 4 + 3)
+    batch, start, end, first = segment_of(SEGMENTS, segment)
     rows, dims = tl.arange(0, CHUNK), tl.arange(0, DIM)
     for index in range(piece * span, tl.minimum((piece + 1) * span, tl.cdiv(end - start, CHUNK))):
         chunk, token = first + index, start + index * CHUNK
         if is_wide(WIDE, chunk, head, heads, BLOCKS):
             ok = rows < end - token
-            H, total = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
+            H, _ = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok)
             scores = tl.where(rows[:, None] >= rows[None, :], exact_scores(q, k, H, rows, CHUNK), 0.0)
@@ -142,16 +142,14 @@ def mend_gradients(
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """In the wide chunks among `span` of one head and `BLOCK` channels, gradients of the shares become those of q and k, in place.
+    """Gradients of shares become those of q and k, in place: wide chunks among `span`, `BLOCK` channels of one head.
 
     The products inside the chunk, which the sweeps left out, are added. DKEY, DQUERY, DVALUE: the delta rule's (see
     gates.py), or None.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
-    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
-    start, end = tl.load(SEGMENTS + segment * 4 + 1), tl.load(SEGMENTS + segment * 4 + 2)
-    first = tl.load(SEGMENTS + segment * 4 + 3)
+    batch, start, end, first = segment_of(SEGMENTS, segment)
     rows, columns = tl.arange(0, CHUNK), tl.arange(0, COLUMNS)
     dims = tl.program_id(0) % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     here = rows[:, None] * so[2] + dims[None, :]
@@ -160,7 +158,7 @@ def mend_gradients(
         if is_wide(WIDE, first + index, head, heads, BLOCKS):
             ok = rows < end - token
             H, total = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
-            wide, entrance, exit = centre(total, SPAN)
+            _, entrance, exit = centre(total, SPAN)
             fall, rise = tl.exp2(H - entrance[None, :]), tl.exp2(exit[None, :] - H)
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok)

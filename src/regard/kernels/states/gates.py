@@ -1,3 +1,6 @@
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# (a type checker reads a Triton kernel as Python, which it is not)
 """Gradients of log-decays from those of queries and keys.
 
 `exp(G_i - G_j)` gives queries `+q dq` and keys `-k dk` at their own token, and the decay of token t acts on every
@@ -9,7 +12,39 @@ import triton
 import triton.language as tl
 
 from regard.kernels.states.factor import along_channels, centre
-from regard.kernels.states.sweep import at, dot, is_wide, tile
+from regard.kernels.states.sweep import at, dot, is_wide, segment_of, tile
+
+
+@triton.jit
+def whole(G, WIDE, sg, batch, head, heads, token, end, chunk, rows, dims, GROUP_G: tl.constexpr, SPAN: tl.constexpr,
+          BLOCKS: tl.constexpr):  # fmt: skip
+    """What turns gradients of shares into those of queries and of keys; 1 where `factor.py` mended them already."""
+    g = tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, rows < end - token)
+    H, total = along_channels(g, rows)
+    _, entrance, exit = centre(total, SPAN)
+    fall, rise = tl.exp2(H - entrance[None, :]), tl.exp2(exit[None, :] - H)
+    if token < end:  # noqa: SIM102 (Triton has no lazy `and`)
+        if is_wide(WIDE, chunk, head, heads, BLOCKS):
+            fall, rise = tl.full(fall.shape, 1.0, tl.float32), tl.full(rise.shape, 1.0, tl.float32)
+    return fall, rise
+
+
+@triton.jit
+def summed(own, sums, later, EXACT: tl.constexpr):
+    """`dg` by token and channel: what comes later in the chunk, and after it."""
+    high = own.to(tl.bfloat16)
+    low = own - high.to(tl.float32)
+    dg = dot(later, high, "tf32") + dot(later, low.to(tl.bfloat16), "tf32") + sums[None, :]
+    if EXACT:
+        dg += dot(later, (low - low.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16), "tf32")
+    return dg
+
+
+@triton.jit
+def gradient(X, strides, batch, head, token, rows, dims, end):
+    """A tile of a gradient `[B, heads, T, D]`, float32."""
+    spot = at(X, strides, batch, head, token, 1)
+    return tile(spot, rows, strides[2], dims, rows < end - token).to(tl.float32)
 
 
 @triton.jit
@@ -28,9 +63,7 @@ def gates(
     width: tl.constexpr = DIM // BLOCK
     head, sequence = tl.program_id(1), tl.program_id(2)
     piece, block = tl.program_id(0) // width, tl.program_id(0) % width
-    batch = tl.load(SEQUENCES + sequence * 4).to(tl.int64)
-    start, end = tl.load(SEQUENCES + sequence * 4 + 1), tl.load(SEQUENCES + sequence * 4 + 2)
-    first = tl.load(SEQUENCES + sequence * 4 + 3)
+    batch, start, end, first = segment_of(SEQUENCES, sequence)
     begin = start + piece * EVERY * CHUNK
     if begin >= end:
         return
@@ -46,43 +79,30 @@ def gates(
         token = begin + (EVERY - 1 - i) * CHUNK
         ok = rows < end - token
         here = rows[:, None] * so[2] + dims[None, :]
-        to_q, to_k = at(DQ, so, batch, head, token, 1) + here, at(DK, so, batch, head, token, 1) + here
-        dq = tl.load(to_q, mask=ok[:, None], other=0.0).to(tl.float32)
-        dk = tl.load(to_k, mask=ok[:, None], other=0.0).to(tl.float32)
+        dq = gradient(DQ, so, batch, head, token, rows, dims, end)
+        dk = gradient(DK, so, batch, head, token, rows, dims, end)
         if DKEY is not None:
-            dk += tl.load(at(DKEY, so, batch, head, token, 1) + here, mask=ok[:, None], other=0.0).to(tl.float32)
+            dk += gradient(DKEY, so, batch, head, token, rows, dims, end)
         if CHANNELS:
-            g = tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok)
-            H, total = along_channels(g, rows)
-            wide, entrance, exit = centre(total, SPAN)
-            fall, rise = tl.exp2(H - entrance[None, :]), tl.exp2(exit[None, :] - H)
-            if token < end:
-                if is_wide(WIDE, first + piece * EVERY + EVERY - 1 - i, head, heads, BLOCKS):
-                    fall, rise = tl.full(fall.shape, 1.0, tl.float32), tl.full(rise.shape, 1.0, tl.float32)
+            chunk = first + piece * EVERY + EVERY - 1 - i
+            fall, rise = whole(G, WIDE, sg, batch, head, heads, token, end, chunk, rows, dims, GROUP_G, SPAN, BLOCKS)
             dq, dk = dq * fall, dk * rise
-            tl.store(to_q, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
+            tl.store(at(DQ, so, batch, head, token, 1) + here, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
         if DG is not None:
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok).to(tl.float32)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok).to(tl.float32)
             own = q * dq - k * dk
         if DQUERY is not None:
-            more = tl.load(at(DQUERY, so, batch, head, token, 1) + here, mask=ok[:, None], other=0.0).to(tl.float32)
-            if CHANNELS:
-                more *= fall
+            more = gradient(DQUERY, so, batch, head, token, rows, dims, end) * (fall if CHANNELS else 1.0)
             if DG is not None:
                 own += k * more
             dk += more
         if CHANNELS or DKEY is not None:
-            tl.store(to_k, dk.to(DK.dtype.element_ty), mask=ok[:, None])
+            tl.store(at(DK, so, batch, head, token, 1) + here, dk.to(DK.dtype.element_ty), mask=ok[:, None])
         if DG is not None:
             if CHANNELS:
-                high = own.to(tl.bfloat16)
-                low = own - high.to(tl.float32)
-                dg = dot(later, high, "tf32") + dot(later, low.to(tl.bfloat16), "tf32") + sums[None, :]
-                if EXACT:
-                    dg += dot(later, (low - low.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16), "tf32")
                 spot = at(DG, sx, batch, head, token, 1) + rows[:, None] * sx[2] + dims[None, :]
-                tl.store(spot, dg.to(DG.dtype.element_ty), mask=ok[:, None])
+                tl.store(spot, summed(own, sums, later, EXACT).to(DG.dtype.element_ty), mask=ok[:, None])
             else:
                 dg = tl.cumsum(tl.sum(own, 1), 0, reverse=True) + tl.sum(sums, 0)
                 tl.store(at(DG + block.to(tl.int64) * sx[3], sx, batch, head, token, 1) + rows, dg, mask=ok)

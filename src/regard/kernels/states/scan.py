@@ -1,3 +1,5 @@
+# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# (a type checker reads a Triton kernel as Python, which it is not)
 """The gated recurrence (docs/design.md, section 7) on a GPU: one call, forward and every gradient.
 
 A gradient is a scan. With u what is written (v, or the delta rule's correction), `<` before, and weights w:
@@ -11,14 +13,15 @@ and k in place of q, because its correction reads the state as a query would.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from regard.kernels import device
 from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
@@ -44,8 +47,9 @@ def refuses(
     cu_seqlens: Tensor | None = None,
 ) -> str | None:
     """Why the kernels cannot do this call, or None if they can."""
-    if q.device.type != "cuda" and not triton.knobs.runtime.interpret:
-        return f"Triton needs a GPU, these tensors are on {q.device.type}"
+    reason = device.refuses(q)
+    if reason:
+        return reason
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         return (
             f"the kernels take q, k, v of one dtype, bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
@@ -76,8 +80,6 @@ def launch(kernel: str, dim: int, columns: int, channels: bool, dtype: torch.dty
         return Launch(min(columns, 64), 4 if dim <= 64 else 8, 1)
     if dim > 128:
         return Launch(min(columns, 64), 8, 1)
-    if kernel == "turned" and not channels:
-        return Launch(min(columns, 64), 4, 2)
     return Launch(min(columns, 64), 4, 2)
 
 
@@ -104,7 +106,7 @@ def scan(
         spans = tuple((row, 0, v.shape[2]) for row in range(v.shape[0]))
     else:
         ends = cu_seqlens.tolist()
-        spans = tuple((0, start, end) for start, end in zip(ends, ends[1:], strict=False))
+        spans = tuple((0, start, end) for start, end in pairwise(ends))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if decay is not None and decay.dim() == 4 and decay.stride(-1) != 1:
         decay = decay.contiguous()
@@ -134,7 +136,7 @@ class Problem:
         self.packed = len({row for row, _, _ in spans}) < len(spans)
         self.grid = (self.segments.longest, self.heads, self.segments.count)
 
-    def launch(self, kernel: str, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
+    def launch(self, kernel: str, dim: int, columns: int) -> tuple[dict[str, int | None], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
         how = launch(kernel, dim, columns, self.kind == CHANNEL, self.dtype)
         return {"num_warps": how.warps, "num_stages": how.stages, "maxnreg": how.registers}, (
@@ -238,8 +240,8 @@ def run(
         beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
         *strides, p.strides_g, _three(beta), _four(begin), _four(end), scale, p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
-        DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk, BLOCKS=p.blocks,
-        EVERY=EVERY, **p.settings, **keywords,
+        DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk,
+        BLOCKS=p.blocks, EVERY=EVERY, **p.settings, **keywords,
     )  # fmt: skip
 
 

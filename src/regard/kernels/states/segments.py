@@ -1,3 +1,6 @@
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# (a type checker reads a Triton kernel as Python, which it is not)
 """Cutting few long sequences into segments, so that every multiprocessor has work.
 
 A segment is carried from a zero state first; `join` then gives each the state it really begins with:
@@ -10,7 +13,6 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 # Anchors (see gates.py) lie this many chunks apart, and segments and sequences begin at one.
 EVERY = 4
@@ -73,10 +75,7 @@ def join(
         tl.store(BEGIN + n.to(tl.int64) * DIM * COLUMNS + here, S)
         local = tl.load(LOCAL + n.to(tl.int64) * DIM * COLUMNS + here)
         if MATRIX:
-            if REVERSE:
-                spot = dims[:, None] + dims[None, :] * DIM
-            else:
-                spot = dims[:, None] * DIM + dims[None, :]
+            spot = dims[:, None] + dims[None, :] * DIM if REVERSE else dims[:, None] * DIM + dims[None, :]
             S = tl.dot(tl.load(PASSED + n.to(tl.int64) * DIM * DIM + spot), S, input_precision="tf32x3") + local
         else:
             S = S * tl.exp2(tl.load(PASSED + n * DIM + dims))[:, None] + local

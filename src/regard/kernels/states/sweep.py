@@ -1,3 +1,6 @@
+# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
+# (a type checker reads a Triton kernel as Python, which it is not)
 """The one kernel behind a scan and all its gradients: a weighted running sum, in either direction.
 
     out_i = scale * sum_j (a_i . b_j) w_ij c_j,      w_ij = exp(sum of the decays between j and i),
@@ -96,13 +99,6 @@ def put(X, strides, batch, head, token, rows, columns, skipped, ok, value, BULK:
 
 
 @triton.jit
-def shares(FACTORS, chunk, head, heads, offsets, WIDTH: tl.constexpr):
-    """What scales the state in a chunk (see factor.py): on entering, before the chunk is added, on leaving."""
-    spot = FACTORS + (chunk * heads + head).to(tl.int64) * 3 * WIDTH + offsets
-    return tl.load(spot), tl.load(spot + WIDTH), tl.load(spot + 2 * WIDTH)
-
-
-@triton.jit
 def at_once(MATRIX, chunk, head, heads, rows, always, CHUNK: tl.constexpr):
     """The matrix of a chunk, straight into registers: below a condition, loads are not buffered for several chunks.
 
@@ -119,6 +115,149 @@ def at_once(MATRIX, chunk, head, heads, rows, always, CHUNK: tl.constexpr):
 def is_wide(WIDE, chunk, head, heads, BLOCKS: tl.constexpr):
     """Whether `factor.py` found a chunk wide, in any of its blocks of channels."""
     return tl.max(tl.load(WIDE + (chunk * heads + head) * BLOCKS + tl.arange(0, BLOCKS)), 0) != 0
+
+
+@triton.jit
+def segment_of(SEGMENTS, segment):
+    """`(batch row, first token, end, first chunk)`."""
+    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
+    start, end = tl.load(SEGMENTS + segment * 4 + 1), tl.load(SEGMENTS + segment * 4 + 2)
+    return batch, start, end, tl.load(SEGMENTS + segment * 4 + 3)
+
+
+@triton.jit
+def state_spot(strides, segment, head, rows, columns):
+    """Offsets of a state's entries."""
+    return segment * strides[0] + head * strides[1] + rows[:, None] * strides[2] + columns[None, :] * strides[3]
+
+
+@triton.jit
+def begun(BEGIN, strides, segment, head, dims, columns, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """The state a segment begins with."""
+    if BEGIN is None:
+        return tl.zeros((DIM, BLOCK), tl.float32)
+    else:
+        return tl.load(BEGIN + state_spot(strides, segment, head, dims, columns)).to(tl.float32)
+
+
+@triton.jit
+def shares(
+    G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, offsets,
+    WIDTH: tl.constexpr, GROUP_G: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """What decays do in a chunk, as three values.
+
+    One rate a head or token: `H`, `total - H` `[C]` and the total, logarithms. By channel, from `factor.py`: what
+    scales the state before it is read, before the chunk is added (1 unless the chunk is wide), and afterwards.
+    """
+    if DECAY == 0:
+        return 0.0, 0.0, 0.0
+    elif DECAY == 1 or DECAY == 2:
+        if DECAY == 1:
+            H, total = along_head(slope, tl.minimum(end - token, rows.shape[0]), rows, REVERSE)
+        else:
+            ok = rows < end - token
+            g = tl.load(at(G, sg, batch, head, token, GROUP_G) + rows * sg[2], mask=ok, other=0.0)
+            H, total = along_tokens(g, REVERSE)
+        return H, total - H, total
+    else:
+        spot = FACTORS + (chunk * heads + head).to(tl.int64) * 3 * WIDTH + offsets
+        return tl.load(spot), tl.load(spot + WIDTH), tl.load(spot + 2 * WIDTH)
+
+
+@triton.jit
+def scaled(S, by, DECAY: tl.constexpr):
+    """The state times what its rows (3), its columns (4) or all of it (scalars) decay by."""
+    if DECAY == 0:
+        return S
+    elif DECAY == 3:
+        return S * by[:, None]
+    elif DECAY == 4:
+        return S * by[None, :]
+    else:
+        return S * by
+
+
+@triton.jit
+def weighted(scores, H, DECAY: tl.constexpr):
+    """Products inside a chunk times `2^(H_i - H_j)`, where a token decays as a whole."""
+    if DECAY == 1 or DECAY == 2:
+        return scores * tl.exp2(tl.minimum(H[:, None] - H[None, :], 0.0))
+    else:
+        return scores
+
+
+@triton.jit
+def read(a, state, H, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """What queries find in the state that enters the chunk."""
+    out = dot(a, state, PRECISION)
+    if DECAY == 1 or DECAY == 2:
+        out *= tl.exp2(H)[:, None]
+    return out
+
+
+@triton.jit
+def advanced(S, b, c, x, y, z, wide, DECAY: tl.constexpr, PRECISION: tl.constexpr):
+    """The state after the chunk; x, y, z: see `shares`."""
+    if DECAY == 1 or DECAY == 2:
+        c = (c * tl.exp2(y)[:, None]).to(b.dtype)
+        S = scaled(S, tl.exp2(z), DECAY)
+    if DECAY == 3 or DECAY == 4:
+        if wide:
+            S = scaled(S, y, DECAY)
+        return scaled(S + dot(tl.trans(b), c, PRECISION), z, DECAY)
+    else:
+        return S + dot(tl.trans(b), c, PRECISION)
+
+
+@triton.jit
+def anchor(ANCHORS, MEET, S, chunk, head, heads, dims, columns, REVERSE: tl.constexpr, EVERY: tl.constexpr,
+           DIM: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """At every `EVERY`th chunk: write the state forwards; backwards, its product with the state that was written."""
+    if chunk % EVERY == 0:
+        place = ((chunk // EVERY) * heads + head).to(tl.int64)
+        spot = ANCHORS + place * DIM * COLUMNS + dims[:, None] * COLUMNS + columns[None, :]
+        if REVERSE:
+            tl.store(MEET + place * COLUMNS + columns, tl.sum(tl.load(spot).to(tl.float32) * S, 0))
+        else:
+            tl.store(spot, S.to(ANCHORS.dtype.element_ty))
+
+
+@triton.jit
+def corrected(
+    c, key, state, x, TRIANGLE, BETA, ERROR, sw, so, batch, head, heads, token, end, chunk, rows, columns, skipped,
+    DECAY: tl.constexpr, BULK: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What the delta rule writes in place of c: see delta.py."""
+    ok = rows < end - token
+    solved = at_once(TRIANGLE, chunk, head, heads, rows, token < end, CHUNK)
+    beta = strengths(BETA, sw, batch, head, token, rows, ok)
+    error = (c - read(key, state, x, DECAY, PRECISION)) * beta[:, None]
+    written = dot(solved, error.to(solved.dtype), PRECISION)
+    if ERROR is not None:
+        put(ERROR, so, batch, head, token, rows, columns, skipped, ok, written / beta[:, None], BULK)
+    return written.to(c.dtype)
+
+
+@triton.jit
+def products(
+    a, b, H, SCORES, wide, chunk, head, heads, rows,
+    DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, MENDED: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`(a_i . b_j) w_ij` of a chunk, 0 where j comes after i."""
+    before = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
+    if STRICT:
+        before = before & (rows[:, None] != rows[None, :])
+    scores = weighted(tl.where(before, dot(a, tl.trans(b), PRECISION), 0.0), H, DECAY)
+    if SCORES is not None:
+        if wide:
+            corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
+            near, far = (1, CHUNK) if REVERSE else (CHUNK, 1)
+            scores = tl.load(SCORES + corner + rows[:, None] * near + rows[None, :] * far).to(tl.float32)
+    elif MENDED:
+        scores = tl.where(wide, 0.0, scores)
+    return scores
 
 
 @triton.jit
@@ -141,119 +280,44 @@ def sweep(
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch = tl.load(SEGMENTS + segment * 4).to(tl.int64)
-    start, end = tl.load(SEGMENTS + segment * 4 + 1), tl.load(SEGMENTS + segment * 4 + 2)
-    first = tl.load(SEGMENTS + segment * 4 + 3)
-    rows, dims, columns = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK + tl.arange(0, BLOCK)
-    skipped = block * BLOCK
-    before = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
-    if STRICT:
-        before = before & (rows[:, None] != rows[None, :])
-    S = tl.zeros((DIM, BLOCK), tl.float32)
-    if BEGIN is not None:
-        S = tl.load(BEGIN + segment * sn[0] + head * sn[1] + dims[:, None] * sn[2] + columns[None, :] * sn[3])
-        S = S.to(tl.float32)
-    # The state is S times `held`: each chunk then scales S only once.
-    if DECAY == 3:
-        held = tl.full((DIM,), 1.0, tl.float32)
-    elif DECAY == 4:
-        held = tl.full((BLOCK,), 1.0, tl.float32)
-    if TOTAL is not None:
-        passed = tl.zeros((DIM,), tl.float32)
-    if DECAY == 1:
-        slope = rate(G, head)
-        weight = tl.exp2(tl.abs(rows[:, None] - rows[None, :]).to(tl.float32) * slope)
+    batch, start, end, first = segment_of(SEGMENTS, segment)
+    rows, dims, skipped = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK
+    columns = skipped + tl.arange(0, BLOCK)
+    WIDTH: tl.constexpr = COLUMNS if DECAY == 4 else DIM
+    offsets = columns if DECAY == 4 else dims
+    S, passed = begun(BEGIN, sn, segment, head, dims, columns, DIM, BLOCK), tl.zeros((DIM,), tl.float32)
+    slope = rate(G, head) if DECAY == 1 else 0.0
     chunks = tl.cdiv(end - start, CHUNK)
     for i in range(chunks):
         index = chunks - 1 - i if REVERSE else i
-        token = start + index * CHUNK
-        chunk = first + index
+        token, chunk = start + index * CHUNK, first + index
         ok = rows < end - token
-        if TRIANGLE is not None:
-            solved = at_once(TRIANGLE, chunk, head, heads, rows, token < end, CHUNK)
+        x, y, z = shares(G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, offsets, WIDTH,
+                         GROUP_G, DECAY, REVERSE)  # fmt: skip
+        wide = is_wide(WIDE, chunk, head, heads, BLOCKS) if WIDE is not None else False
+        if ANCHORS is not None and not REVERSE:
+            anchor(ANCHORS, MEET, S, chunk, head, heads, dims, columns, REVERSE, EVERY, DIM, COLUMNS)
         b = fetch(B, sb, batch, head, token, rows, dims, 0, ok, GROUP_B, BULK)
         c = fetch(C, sc, batch, head, token, rows, columns, skipped, ok, GROUP_C, BULK)
-        kind = b.dtype
-        if WIDE is not None:
-            wide = is_wide(WIDE, chunk, head, heads, BLOCKS)
-        if DECAY == 1:
-            H, total = along_head(slope, tl.minimum(end - token, CHUNK), rows, REVERSE)
-        elif DECAY == 2:
-            g = tl.load(at(G, sg, batch, head, token, GROUP_G) + rows * sg[2], mask=ok, other=0.0)
-            H, total = along_tokens(g, REVERSE)
-            weight = tl.exp2(tl.minimum(H[:, None] - H[None, :], 0.0))
-        elif DECAY == 3:
-            entering, kept, leaving = shares(FACTORS, chunk, head, heads, dims, DIM)
-        elif DECAY == 4:
-            entering, kept, leaving = shares(FACTORS, chunk, head, heads, columns, COLUMNS)
-        if ANCHORS is not None and not REVERSE:
-            if chunk % EVERY == 0:
-                anchor = ((chunk // EVERY) * heads + head).to(tl.int64) * DIM * COLUMNS
-                anchored = ANCHORS + anchor + dims[:, None] * COLUMNS + columns[None, :]
-                known = S * held[None, :] if DECAY == 4 else S
-                tl.store(anchored, known.to(ANCHORS.dtype.element_ty))
-        if DECAY == 3:
-            S *= (held * entering)[:, None]
-        elif DECAY == 4:
-            S *= (held * entering)[None, :]
-        state = S.to(kind)
+        if DECAY == 3 or DECAY == 4:
+            S = scaled(S, x, DECAY)
+        state = S.to(b.dtype)
         if TRIANGLE is not None:
-            entry = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK) if DECAY == 3 else b
-            seen = dot(entry, state, PRECISION)
-            if DECAY == 1 or DECAY == 2:
-                seen *= tl.exp2(H)[:, None]
-            beta = strengths(BETA, sw, batch, head, token, rows, ok)
-            written = dot(solved, ((c - seen) * beta[:, None]).to(solved.dtype), PRECISION)
-            if ERROR is not None:
-                put(ERROR, so, batch, head, token, rows, columns, skipped, ok, written / beta[:, None], BULK)
-            c = written.to(kind)
+            key = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK) if DECAY == 3 else b
+            c = corrected(c, key, state, x, TRIANGLE, BETA, ERROR, sw, so, batch, head, heads, token, end, chunk, rows,
+                          columns, skipped, DECAY, BULK, CHUNK, PRECISION)  # fmt: skip
         if OUT is not None:
             a = fetch(A, sa, batch, head, token, rows, dims, 0, ok, GROUP_A, BULK)
-            scores = tl.where(before, dot(a, tl.trans(b), PRECISION), 0.0)
-            if DECAY == 1 or DECAY == 2:
-                scores *= weight
-            if SCORES is not None:
-                if wide:
-                    corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
-                    near, far = (1, CHUNK) if REVERSE else (CHUNK, 1)
-                    scores = tl.load(SCORES + corner + rows[:, None] * near + rows[None, :] * far).to(tl.float32)
-            elif WIDE is not None:
-                scores = tl.where(wide, 0.0, scores)
-            out = dot(a, state, PRECISION)
-            if DECAY == 1 or DECAY == 2:
-                out *= tl.exp2(H)[:, None]
-            out += dot(scores.to(kind), c, PRECISION)
-            put(OUT, so, batch, head, token, rows, columns, skipped, ok, out * scale, BULK)
-        if DECAY == 1 or DECAY == 2:
-            rest = tl.exp2(total - H)[:, None]
-            c = (c * rest).to(kind)
-            S *= tl.exp2(total)
-        elif DECAY == 3:
-            S *= kept[:, None]
-            held = leaving
-        elif DECAY == 4:
-            S *= kept[None, :]
-            held = leaving
-        S += dot(tl.trans(b), c, PRECISION)
+            scores = products(a, b, x, SCORES, wide, chunk, head, heads, rows, DECAY, REVERSE, STRICT, WIDE is not None,
+                              CHUNK, PRECISION)  # fmt: skip
+            out = (read(a, state, x, DECAY, PRECISION) + dot(scores.to(b.dtype), c, PRECISION)) * scale
+            put(OUT, so, batch, head, token, rows, columns, skipped, ok, out, BULK)
+        S = advanced(S, b, c, x, y, z, wide, DECAY, PRECISION)
         if TOTAL is not None:
-            if DECAY == 3:
-                passed += tl.log2(entering) + tl.log2(kept) + tl.log2(leaving)
-            elif DECAY != 0:
-                passed += total
+            passed += tl.log2(x) + tl.log2(y) + tl.log2(z) if DECAY == 3 else z
         if MEET is not None:
-            if chunk % EVERY == 0:
-                anchor = ((chunk // EVERY) * heads + head).to(tl.int64)
-                anchored = ANCHORS + anchor * DIM * COLUMNS + dims[:, None] * COLUMNS + columns[None, :]
-                known = tl.sum(tl.load(anchored).to(tl.float32) * S, 0)
-                if DECAY == 4:
-                    known *= held
-                tl.store(MEET + anchor * COLUMNS + columns, known)
+            anchor(ANCHORS, MEET, S, chunk, head, heads, dims, columns, REVERSE, EVERY, DIM, COLUMNS)
     if TOTAL is not None:
         tl.store(TOTAL + (segment * heads + head) * DIM + dims, passed)
     if END is not None:
-        if DECAY == 3:
-            S *= held[:, None]
-        elif DECAY == 4:
-            S *= held[None, :]
-        spot = END + segment * sm[0] + head * sm[1] + dims[:, None] * sm[2] + columns[None, :] * sm[3]
-        tl.store(spot, S)
+        tl.store(END + state_spot(sm, segment, head, dims, columns), S)
