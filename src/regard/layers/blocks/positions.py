@@ -1,0 +1,73 @@
+"""Where a token stands: counting without padding, rotary positions, and the learned ones of TransNormerLLM."""
+
+import torch
+from torch import Tensor, nn
+
+from regard.core.errors import RegardError
+from regard.layers.blocks.norms import wide
+from regard.primitives.memory import Memory
+
+
+def positions(tokens: int, device: torch.device, memory: Memory | None, mask: Tensor | None) -> Tensor:
+    """Positions `[1|B, T]` of the next `tokens` of a request, padding not counted; the memory keeps the count.
+
+    Args:
+        tokens: T of this forward.
+        device: of the answer.
+        memory: what the layer remembers, None for a whole sequence.
+        mask: `[B, T]` bool, False at padding (whose own position is that of the token before it).
+    """
+    counted = memory.get("count") if memory is not None else None
+    seen = memory.seen if memory is not None else 0
+    if mask is None and counted is None:
+        return torch.arange(seen, seen + tokens, device=device)[None]
+    if mask is None:
+        assert counted is not None
+        ends = counted + torch.arange(1, tokens + 1, device=device)
+    else:
+        ends = mask.long().cumsum(1) + (seen if counted is None else counted)
+    if memory is not None:
+        memory.set("count", ends[:, -1:])
+    return ends - 1
+
+
+def rotate(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary positions: halves of `x [B, H, T, D]` turn by `position * base^(-2i/D)`; `at [1|B, T]`.
+
+    Raises:
+        RegardError: D is odd.
+    """
+    size = x.shape[-1]
+    if size % 2:
+        raise RegardError(f"rotary positions need an even head size, got {size}")
+    wider = torch.float64 if x.dtype == torch.float64 else torch.float32
+    turns = base ** (torch.arange(0, size, 2, device=x.device, dtype=wider) / -size)
+    angle = at[:, None, :, None].to(wider) * turns
+    cos, sin = angle.cos(), angle.sin()
+    a, b = wide(x).chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class LRPE(nn.Module):
+    """Learned relative positions of [003]: `x` becomes `[x cos(theta t), x sin(theta t)]`, twice as wide.
+
+    Args:
+        heads: H.
+        size: D, channels of a head; `theta [H, 1, D]` starts at `10000^(-2i / (H D))` over all channels i.
+    """
+
+    def __init__(self, heads: int, size: int):
+        super().__init__()
+        self.heads, self.size = heads, size
+        self.theta = nn.Parameter(self.initial()["theta"])
+
+    def initial(self) -> dict[str, Tensor]:
+        """Starting values of the parameters."""
+        whole = self.heads * self.size
+        return {"theta": (10000.0 ** (torch.arange(whole) * -2.0 / whole)).reshape(self.heads, 1, self.size)}
+
+    def forward(self, x: Tensor, at: Tensor) -> Tensor:
+        """`x [B, H, T, D]` at positions `at [1|B, T]`: `[B, H, T, 2 D]`."""
+        angle = wide(self.theta) * at[:, None, :, None]
+        y = wide(x)
+        return torch.cat((y * angle.cos(), y * angle.sin()), dim=-1).to(x.dtype)
