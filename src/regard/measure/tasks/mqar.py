@@ -91,7 +91,7 @@ class Mqar(Task):
         return rows
 
     def released(self, count: int, seed: int) -> Rows:
-        """`count` rows as the released generator makes them from `seed`, bit by bit (a few seconds for 100,000).
+        """`count` rows as the released generator makes them from `seed`, bit by bit (some 20 s for 100,000).
 
         What `fill` puts in is not: the released code draws it from torch's global generator. Here it comes from the
         same stream as the rest.
