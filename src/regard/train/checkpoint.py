@@ -69,9 +69,8 @@ def read(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, told:
         RegardError: it is damaged, of another format, layout or device, or of a run with other settings or data;
             nothing has been changed then.
     """
-    state, tensors = _open(folder)
-    if state["format"] != FORMAT:
-        raise RegardError(f"checkpoint {folder} has format {state['format']}, this version reads {FORMAT}")
+    state = look(folder)
+    tensors = _open(folder, state)
     for what in ("settings", "about"):
         if found := differences(_plain(told[what]), state[what]):
             raise RegardError(f"checkpoint {folder} is of another run: {'; '.join(found)}")
@@ -149,16 +148,31 @@ def _flushed(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _open(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def look(folder: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: `settings`, `about` (its data), `step`, `layout`, `result`.
+
+    Raises:
+        RegardError: it is damaged, or of another format.
+    """
     try:
         state = json.loads((folder / _STATE).read_text())
-        if missing := {"format", "settings", "about", "layout", "device", "result", "sha256"} - set(state):
-            raise RegardError(f"checkpoint {folder} is damaged: {_STATE} does not say {', '.join(sorted(missing))}")
+    except (OSError, ValueError) as error:
+        raise RegardError(f"checkpoint {folder} cannot be read: {error}") from error
+    said = set(state) if isinstance(state, dict) else set()
+    if missing := {"format", "settings", "about", "layout", "device", "result", "sha256"} - said:
+        raise RegardError(f"checkpoint {folder} is damaged: {_STATE} does not say {', '.join(sorted(missing))}")
+    if state["format"] != FORMAT:
+        raise RegardError(f"checkpoint {folder} has format {state['format']}, this version reads {FORMAT}")
+    return state
+
+
+def _open(folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
+    try:
         data = (folder / _TENSORS).read_bytes()
         if hashlib.sha256(data).hexdigest() != state["sha256"]:
             raise RegardError(f"checkpoint {folder} is damaged: {_TENSORS} is not the file that was written")
-        return state, load_tensors(data)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        return load_tensors(data)
+    except (OSError, SafetensorError) as error:
         raise RegardError(f"checkpoint {folder} cannot be read: {error}") from error
 
 

@@ -28,7 +28,7 @@ class Watcher(Protocol):
 
 
 class Bar:
-    """A progress bar on standard error; use it as a context manager."""
+    """A progress bar on standard error, if that is a terminal; use it as a context manager."""
 
     def __init__(self) -> None:
         columns = (
@@ -39,7 +39,8 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("[dim]{task.fields[note]}[/]"),
         )
-        self._bars = Progress(*columns, console=Console(file=sys.stderr, highlight=False), transient=True)
+        console = Console(file=sys.stderr, highlight=False)
+        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bars.add_task("", total=None, note="")
         self._held = ""
 

@@ -110,8 +110,17 @@ def read(path: str | Path) -> dict[str, Any]:
 def differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """The settings in which a run of `mine` cannot go on from one of `theirs`, each with both values."""
     free = {one.name for one in dataclasses.fields(Settings) if one.metadata.get("free")}
-    names = [name for name in {**mine, **theirs} if name not in free and mine.get(name) != theirs.get(name)]
-    return [f"{name} was {theirs.get(name)!r}, now {mine.get(name)!r}" for name in names]
+    left, right = _flat(mine), _flat(theirs)
+    names = [name for name in {**left, **right} if name not in free and left.get(name) != right.get(name)]
+    return [f"{name} was {right.get(name)!r}, now {left.get(name)!r}" for name in names]
+
+
+def _flat(words: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for name, value in words.items():
+        found |= {f"{name}.{inner}": x for inner, x in value.items()} if isinstance(value, Mapping) else {name: value}
+    return found
 
 
 def _checked(one: dataclasses.Field, value: Any) -> Any:
