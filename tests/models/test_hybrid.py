@@ -129,7 +129,7 @@ HELD = {
 
 @pytest.mark.parametrize("name", HELD)
 def test_bytes_do_not_grow_with_the_text(name):
-    model = made([name] * 2, torch.float32, mixer_options={"tnl": {"lrpe": False}} if name == "tnl" else None)
+    model = made([name] * 2, torch.float32, mixer_options={"tnl": {"positions": False}} if name == "tnl" else None)
     for tokens in (5, 40):
         _, cache = decoded(model, text(3, tokens), (4,))
         assert cache.nbytes == 2 * 3 * 4 * HELD[name]
@@ -280,7 +280,7 @@ def test_checkpoint_of_another_layout(tmp_path):
 def test_drafts_and_crop_are_refused():
     model, ids = made(["kda", "softmax"], torch.float32), text(1, 6)
     for call in ({"prompt_lookup_num_tokens": 2}, {"assistant_model": made(["softmax"], torch.float32)}):
-        with pytest.raises(RegardError, match="cannot take tokens back.*prompt_lookup_num_tokens"):
+        with pytest.raises(RegardError, match=r"cannot take tokens back.*prompt_lookup_num_tokens"):
             model.generate(ids, max_new_tokens=4, **call)
     _, cache = decoded(model, ids, ())
     held = cache.layers[1].keys
@@ -293,7 +293,7 @@ def test_drafts_and_crop_are_refused():
         cache.activate_past_recording()
     with pytest.raises(RegardError, match="cache_implementation 'static'"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(RegardError, match="must be a HybridCache.*got DynamicCache"):
+    with pytest.raises(RegardError, match=r"must be a HybridCache.*got DynamicCache"):
         model(ids, past_key_values=DynamicCache())
 
 
@@ -307,6 +307,20 @@ def test_a_plain_transformer_takes_drafts_and_crops():
         torch.testing.assert_close(again, model(ids).logits[:, 5:], atol=1e-10, rtol=0)
 
 
+def test_a_prompt_is_read_once_for_many():
+    """A copy of a cache goes on by itself; rows are repeated and selected with everything that is remembered."""
+    model, ids = made(["gated_delta_net", "softmax", "retnet"]), text(2, 9)
+    _, cache = decoded(model, ids[:, :6], ())
+    with torch.no_grad():
+        whole = model(ids).logits[:, 6:]
+        for again in (copy.deepcopy(cache), cache):
+            torch.testing.assert_close(model(ids[:, 6:], past_key_values=again).logits, whole, atol=1e-10, rtol=0)
+        _, cache = decoded(model, ids[:, :6], ())
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([0, 3]))
+        torch.testing.assert_close(model(ids[:, 6:], past_key_values=cache).logits, whole, atol=1e-10, rtol=0)
+
+
 def test_a_cache_starts_again():
     model, ids = made(["retnet", "softmax"]), text(2, 7)
     first, cache = decoded(model, ids, (3,))
@@ -318,7 +332,7 @@ def test_a_cache_starts_again():
 
 def test_bad_calls():
     model, ids = made(["kda", "softmax"]), text(2, 5)
-    with pytest.raises(RegardError, match="input_ids .* or inputs_embeds"):
+    with pytest.raises(RegardError, match=r"input_ids .* or inputs_embeds"):
         model()
     with pytest.raises(RegardError, match=r"attention_mask must be \[2, 5\]"):
         model(ids, attention_mask=torch.ones(2, 4))

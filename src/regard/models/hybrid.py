@@ -21,10 +21,11 @@ from transformers.modeling_utils import PreTrainedModel
 from regard.core.errors import RegardError
 from regard.layers import mixers as kinds
 from regard.layers.blocks.heads import Output, linear
-from regard.layers.blocks.norms import norm
+from regard.layers.blocks.norms import norm, wide
 from regard.models import layouts
 from regard.models.hybrid_cache import NO_DRAFTS, HybridCache
 from regard.models.hybrid_config import HybridConfig
+from regard.primitives.gates import lower_bounds
 
 __all__ = ["HybridCache", "HybridConfig", "HybridForCausalLM", "HybridModel", "register"]
 
@@ -208,7 +209,7 @@ class HybridModel(HybridPreTrainedModel):
         if self.embed_positions is None:
             return self.dropout(x)
         tokens, most = x.shape[1], self.config.max_position_embeddings
-        if seen + tokens > most and mask is None and position_ids is None and cu_seqlens is None:
+        if seen + tokens > most and cu_seqlens is None:
             raise RegardError(f"{seen + tokens} tokens, but positions are learned up to {most}")
         at = position_ids
         if at is None and cu_seqlens is not None:
@@ -239,8 +240,7 @@ class LowerBounds(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         """Per stem, the bound of every layer, `[layers, size]` in float32, in [0, 1)."""
-        shares = {stem: raw.float().softmax(0) for stem, raw in self.raw.items()}
-        return {stem: share.cumsum(0) - share[0] for stem, share in shares.items()}
+        return {stem: lower_bounds(wide(raw)) for stem, raw in self.raw.items()}
 
 
 class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):

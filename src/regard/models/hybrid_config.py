@@ -1,11 +1,13 @@
 """What a hybrid decoder is made of, as a transformers config."""
 
+import difflib
+import inspect
 import math
 from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-from regard.core.errors import choose
+from regard.core.errors import RegardError, choose
 from regard.layers import mixers as kinds
 from regard.layers.blocks.norms import norm
 from regard.models import layouts
@@ -74,4 +76,13 @@ class HybridConfig(PreTrainedConfig):
         norm(self.norm, 1, self.norm_eps)
         if self.intermediate_size is None:
             self.intermediate_size = math.ceil(self.hidden_size * 8 / 3 / 32) * 32
+        self._no_slips(kwargs)
         super().__post_init__(**kwargs)
+
+    def _no_slips(self, rest: dict[str, Any]) -> None:
+        """Transformers keeps whatever else it is given; a slip of the pen must not be kept in silence."""
+        ours = list(inspect.get_annotations(HybridConfig))
+        for key in rest:
+            near = difflib.get_close_matches(key, ours, n=1, cutoff=0.8)
+            if near:
+                raise RegardError(f"HybridConfig has no {key!r}. Did you mean {near[0]!r}?")

@@ -75,8 +75,8 @@ def scan(
     if mask is not None:
         q, k, v, decay, beta = _without_padding(mask, q, k, v, decay, beta)
     if q.device.type == "cpu" if check is None else check:
-        _check_values(decay, beta, (2.0 if delta else 1.0) if beta_max is None else beta_max)
-        _check_bounds(cu_seqlens, q.shape[2])
+        check_values(decay, beta, (2.0 if delta else 1.0) if beta_max is None else beta_max)
+        check_bounds(cu_seqlens, q.shape[2])
     gates = {"decay": decay, "beta": beta, "delta": delta, "initial_state": initial_state, "cu_seqlens": cu_seqlens}
     name, _ = choose(q, k, v, **gates, backend=backend)
     # Under autocast the sums would be rounded to half precision.
@@ -231,7 +231,7 @@ def _check(
     """Shapes and dtypes."""
     _check_tokens(q, k, v)
     _check_gates(q, v, decay, beta)
-    _check_packing(q, cu_seqlens, mask)
+    check_packing(q.shape[0], q.shape[2], cu_seqlens, mask)
     _check_state(q, v, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
 
 
@@ -266,18 +266,22 @@ def _check_gates(q: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None
         )
 
 
-def _check_packing(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-    if mask is not None and (mask.shape != (q.shape[0], q.shape[2]) or mask.dtype != torch.bool):
-        shape = [q.shape[0], q.shape[2]]
-        raise RegardError(f"mask must be bool and [B, T] = {shape}, got {list(mask.shape)} {mask.dtype}")
+def check_packing(batch: int, rows: int, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
+    """Shapes and dtypes of what cuts `[batch, rows]` tokens into sequences, or hides some.
+
+    Raises:
+        RegardError: they do not fit the tokens, or both are given.
+    """
+    if mask is not None and (mask.shape != (batch, rows) or mask.dtype != torch.bool):
+        raise RegardError(f"mask must be bool and [B, T] = {[batch, rows]}, got {list(mask.shape)} {mask.dtype}")
     if cu_seqlens is None:
         return
     if mask is not None:
         raise RegardError("packed sequences have no padding; give cu_seqlens or mask, not both")
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise RegardError(f"cu_seqlens must be int32 or int64 [N + 1], got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
-    if q.shape[0] != 1:
-        raise RegardError(f"cu_seqlens packs sequences into one row; B must be 1, got {q.shape[0]}")
+    if batch != 1:
+        raise RegardError(f"cu_seqlens packs sequences into one row; B must be 1, got {batch}")
 
 
 def _check_state(q: Tensor, v: Tensor, state: Tensor | None, count: int) -> None:
@@ -291,8 +295,8 @@ def _check_state(q: Tensor, v: Tensor, state: Tensor | None, count: int) -> None
         )
 
 
-def _check_values(decay: Tensor | None, beta: Tensor | None, beta_max: float) -> None:
-    """Gates in their ranges; NaN is in none."""
+def check_values(decay: Tensor | None, beta: Tensor | None, beta_max: float) -> None:
+    """Raise RegardError unless log-decays are at most 0 and beta in `[0, beta_max]`; NaN is neither."""
     if decay is not None and decay.numel() and not bool((decay <= 0).all()):
         raise RegardError(f"decay holds logarithms, at most 0 (1 is no decay); got {_worst(decay, -torch.inf, 0.0)}")
     if beta is not None and beta.numel() and not bool(((beta >= 0) & (beta <= beta_max)).all()):
@@ -305,7 +309,8 @@ def _worst(x: Tensor, low: float, high: float) -> str:
     return f"{x[tuple(where)].item():g} at {where}"
 
 
-def _check_bounds(cu_seqlens: Tensor | None, rows: int) -> None:
+def check_bounds(cu_seqlens: Tensor | None, rows: int) -> None:
+    """Raise RegardError unless `cu_seqlens` rises from 0 to `rows`."""
     if cu_seqlens is None:
         return
     bounds = cu_seqlens.tolist()

@@ -99,7 +99,7 @@ def chunked(
     """
     dtype, (q, k, v, decay, beta, state) = _prepare(q, k, v, decay, beta, initial_state, cu_seqlens)
     rows, gates = q.shape[2], {"delta": delta, "scale": scale}
-    if cu_seqlens is not None:
+    if cu_seqlens is not None and rows:
         layout = _Layout.of(cu_seqlens, rows, chunk)
         inputs = [layout.spread(x) for x in (q, k, v, _per_token(decay, rows), beta)]
         out, state = _run(inputs, state, chunk=chunk, ends=layout.ends, **gates)

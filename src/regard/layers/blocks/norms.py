@@ -11,9 +11,14 @@ from regard.core.errors import choose
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "sigmoid": torch.sigmoid, "linear": lambda x: x}
 
 
+def exact(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of gates, norms and states beside activations of `dtype`: float32, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def wide(x: Tensor) -> Tensor:
-    """`x` in float32, float64 as it is: the dtype of gates, norms and states."""
-    return x if x.dtype == torch.float64 else x.float()
+    """`x` in that dtype."""
+    return x.to(exact(x.dtype))
 
 
 def l2(x: Tensor, eps: float = 1e-6) -> Tensor:

@@ -1,10 +1,10 @@
-"""Where a token stands: counting without padding, rotary positions, and the learned ones of TransNormerLLM."""
+"""Where a token stands: counting without padding, and rotary positions."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.core.errors import RegardError
-from regard.layers.blocks.norms import wide
+from regard.layers.blocks.norms import exact, wide
 from regard.primitives.memory import Memory
 
 
@@ -27,7 +27,7 @@ def positions(tokens: int, device: torch.device, memory: Memory | None, mask: Te
     else:
         ends = mask.long().cumsum(1) + (seen if counted is None else counted)
     if memory is not None:
-        memory.set("count", ends[:, -1:])
+        memory.set("count", ends[:, -1:].clone())
     return ends - 1
 
 
@@ -40,34 +40,8 @@ def rotate(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
     size = x.shape[-1]
     if size % 2:
         raise RegardError(f"rotary positions need an even head size, got {size}")
-    wider = torch.float64 if x.dtype == torch.float64 else torch.float32
-    turns = base ** (torch.arange(0, size, 2, device=x.device, dtype=wider) / -size)
-    angle = at[:, None, :, None].to(wider) * turns
+    turns = base ** (torch.arange(0, size, 2, device=x.device, dtype=exact(x.dtype)) / -size)
+    angle = at[:, None, :, None] * turns
     cos, sin = angle.cos(), angle.sin()
     a, b = wide(x).chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
-
-
-class LRPE(nn.Module):
-    """Learned relative positions of [003]: `x` becomes `[x cos(theta t), x sin(theta t)]`, twice as wide.
-
-    Args:
-        heads: H.
-        size: D, channels of a head; `theta [H, 1, D]` starts at `10000^(-2i / (H D))` over all channels i.
-    """
-
-    def __init__(self, heads: int, size: int):
-        super().__init__()
-        self.heads, self.size = heads, size
-        self.theta = nn.Parameter(self.initial()["theta"])
-
-    def initial(self) -> dict[str, Tensor]:
-        """Starting values of the parameters."""
-        whole = self.heads * self.size
-        return {"theta": (10000.0 ** (torch.arange(whole) * -2.0 / whole)).reshape(self.heads, 1, self.size)}
-
-    def forward(self, x: Tensor, at: Tensor) -> Tensor:
-        """`x [B, H, T, D]` at positions `at [1|B, T]`: `[B, H, T, 2 D]`."""
-        angle = wide(self.theta) * at[:, None, :, None]
-        y = wide(x)
-        return torch.cat((y * angle.cos(), y * angle.sin()), dim=-1).to(x.dtype)

@@ -26,6 +26,9 @@ class Mixer(nn.Module):
         RegardError: channels do not divide among the heads.
     """
 
+    # Products a token and layer, by [133] (see `models/cost.py`).
+    cost = ("matrix", 8)
+
     def __init__(
         self,
         width: int,

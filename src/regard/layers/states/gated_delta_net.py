@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regard.layers.blocks.delta import DeltaInputs
 from regard.layers.blocks.gates import decay_bias
 from regard.layers.blocks.heads import Output, join, linear, size, split, whole_groups
 from regard.layers.blocks.norms import RMSNorm, wide
 from regard.layers.blocks.recur import check, recur
+from regard.ops.states.gated_delta_net import gate as forget
 from regard.primitives.memory import Memory
 
 
@@ -29,6 +29,9 @@ class Mixer(nn.Module):
     Raises:
         RegardError: channels do not divide among the heads, or value heads are not a multiple of key heads.
     """
+
+    # Products a token and layer, by [133] (see `models/cost.py`).
+    cost = ("matrix", 8)
 
     def __init__(
         self,
@@ -67,8 +70,7 @@ class Mixer(nn.Module):
 
     def decays(self, x: Tensor) -> Tensor:
         """Log-decays `[B, H, T]` in float32, at most 0."""
-        step = F.softplus(wide(self.decay(x)) + wide(self.bias))
-        return (-wide(self.a).exp() * step).transpose(1, 2)
+        return forget(wide(self.decay(x)).transpose(1, 2), wide(self.a), wide(self.bias))
 
     def forward(
         self,

@@ -1,12 +1,12 @@
 """Gated Linear Attention [133]: a forget gate for every key channel, through a low-rank map."""
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regard.core.errors import RegardError
 from regard.layers.blocks.heads import LowRank, Output, join, linear, size, split
 from regard.layers.blocks.norms import RMSNorm, wide
 from regard.layers.blocks.recur import check, recur
+from regard.ops.states.gla import gate as forget
 from regard.primitives.memory import Memory
 
 
@@ -25,6 +25,9 @@ class Mixer(nn.Module):
     Raises:
         RegardError: channels do not divide among the heads.
     """
+
+    # Products a token and layer, by [133] (see `models/cost.py`).
+    cost = ("matrix", 7)
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class Mixer(nn.Module):
         """`x [B, T, width]`, `mask [B, T]` bool (False: padding): `y [B, T, width]`."""
         check(x, self.width, memory, mask, cu_seqlens)
         q, k, v, gate = (split(project(x), self.heads) for project in (self.q, self.k, self.v, self.gate))
-        decay = F.logsigmoid(wide(split(self.decay(x), self.heads))) / self.divisor
+        decay = forget(wide(split(self.decay(x), self.heads)), divisor=self.divisor)
         call = {"memory": memory, "mask": mask, "cu_seqlens": cu_seqlens}
         out = recur(q, k, v, decay=decay, scale=self.scale, **call)
         if memory is not None:

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.layers.blocks.gates import bounded
 from regard.layers.blocks.heads import Output, linear
 from regard.layers.blocks.norms import RMSNorm, wide
-from regard.layers.blocks.recur import check, recur
+from regard.layers.blocks.recur import check
+from regard.ops.states.hgrn import gate, scan
 from regard.primitives.memory import Memory
 
 
@@ -18,6 +18,9 @@ class Mixer(nn.Module):
         heads: taken as of every mixer, without effect: each channel is a head.
         eps: of the norm.
     """
+
+    # Products a token and layer, by [133] (see `models/cost.py`).
+    cost = ("vector", 5)
 
     def __init__(self, width: int, heads: int, *, eps: float = 1e-5):
         super().__init__()
@@ -40,11 +43,10 @@ class Mixer(nn.Module):
         `bound [width]`, in [0, 1), is the least that is remembered; None: 0.
         """
         check(x, self.width, memory, mask, cu_seqlens)
-        decay = bounded(wide(self.f(x)), bound)
-        taken = wide(F.silu(self.i(x))) * -decay.expm1()
-        call = {"memory": memory, "mask": mask, "cu_seqlens": cu_seqlens}
-        one = taken.new_ones(x.shape[0], 1, x.shape[1], 1)
-        out = recur(one, one, taken.transpose(1, 2)[..., None], decay=decay.transpose(1, 2), **call)
+        state = memory.get("state") if memory is not None else None
+        decay, taken = gate(wide(self.f(x)), bound), F.silu(self.i(x))
+        h, state = scan(taken, decay, initial_state=state, mask=mask, cu_seqlens=cu_seqlens, check=False)
         if memory is not None:
+            memory.set("state", state)
             memory.advance(x.shape[1])
-        return self.out(self.norm(out[..., 0].transpose(1, 2).to(x.dtype), self.gate(x)))
+        return self.out(self.norm(h, self.gate(x)))

@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.layers.blocks.gates import bounded
 from regard.layers.blocks.heads import Output, join, linear, size, split
 from regard.layers.blocks.norms import RMSNorm, wide
 from regard.layers.blocks.recur import check, recur
+from regard.ops.states.hgrn2 import gate
 from regard.primitives.memory import Memory
 
 
@@ -22,6 +22,9 @@ class Mixer(nn.Module):
     Raises:
         RegardError: channels do not divide among the heads.
     """
+
+    # Products a token and layer, by [133] (see `models/cost.py`).
+    cost = ("matrix", 7)
 
     def __init__(self, width: int, heads: int, *, expand_k: float = 1.0, eps: float = 1e-5):
         super().__init__()
@@ -47,7 +50,7 @@ class Mixer(nn.Module):
         `bound [bound_size]`, in [0, 1), is the least that is remembered; None: 0.
         """
         check(x, self.width, memory, mask, cu_seqlens)
-        decay = split(bounded(wide(self.f(x)), bound), self.heads)
+        decay = split(gate(wide(self.f(x)), bound), self.heads)
         q, v = F.silu(split(self.q(x), self.heads)), split(self.i(x), self.heads)
         call = {"memory": memory, "mask": mask, "cu_seqlens": cu_seqlens}
         out = recur(q, -decay.expm1().to(q.dtype), v, decay=decay, scale=self.scale, **call)

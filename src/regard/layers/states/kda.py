@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from regard.layers.blocks.delta import DeltaInputs
 from regard.layers.blocks.gates import decay_bias
 from regard.layers.blocks.heads import LowRank, Output, join, size, split
 from regard.layers.blocks.norms import RMSNorm, wide
 from regard.layers.blocks.recur import check, recur
+from regard.ops.states.kda import gate
 from regard.primitives.memory import Memory
 
 
@@ -62,9 +62,9 @@ class Mixer(nn.Module):
 
     def decays(self, x: Tensor) -> Tensor:
         """Log-decays `[B, H, T, D]` in float32, at most 0."""
-        raw = split(wide(self.decay(x)) + wide(self.bias), self.heads)
-        rate = wide(self.a).exp()[:, None, None]
-        return -5.0 * torch.sigmoid(rate * raw) if self.safe else -rate * F.softplus(raw)
+        raw = wide(split(self.decay(x), self.heads))
+        bias = wide(self.bias).unflatten(0, (self.heads, -1))
+        return gate(raw, wide(self.a), bias, bound=-5.0 if self.safe else None)
 
     def forward(
         self,

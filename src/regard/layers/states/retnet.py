@@ -1,12 +1,12 @@
 """RetNet [133]: linear attention whose heads forget at fixed rates, with rotary positions."""
 
-import torch
 from torch import Tensor, nn
 
 from regard.layers.blocks.heads import Output, join, linear, size, split
-from regard.layers.blocks.norms import RMSNorm
+from regard.layers.blocks.norms import RMSNorm, exact
 from regard.layers.blocks.positions import positions, rotate
 from regard.layers.blocks.recur import check, recur
+from regard.ops.states.retnet import decays
 from regard.primitives.memory import Memory
 
 
@@ -24,6 +24,9 @@ class Mixer(nn.Module):
     Raises:
         RegardError: channels do not divide among the heads.
     """
+
+    # Products a token and layer, by [133] (see `models/cost.py`).
+    cost = ("matrix", 5)
 
     def __init__(
         self,
@@ -58,12 +61,7 @@ class Mixer(nn.Module):
         q, k = (rotate(split(project(x), self.heads), at, self.base) for project in (self.q, self.k))
         v, gate = split(self.v(x), self.heads), split(self.gate(x), self.heads)
         call = {"memory": memory, "mask": mask, "cu_seqlens": cu_seqlens}
-        out = recur(q, k, v, decay=decays(self.heads, x.device), scale=self.scale, **call)
+        out = recur(q, k, v, decay=decays(self.heads, x.device).to(exact(v.dtype)), scale=self.scale, **call)
         if memory is not None:
             memory.advance(x.shape[1])
         return self.out(join(self.norm(out, gate)))
-
-
-def decays(heads: int, device: torch.device) -> Tensor:
-    """Log-decays `[H]`: `log(1 - 2^(-5 - h))`, h = 0 to H - 1."""
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, device=device)))
