@@ -10,12 +10,14 @@ from torch import Tensor
 
 from regard.core.errors import RegardError
 from regard.measure import text as texts
-from regard.measure.tasks.task import Task, build
+from regard.measure.tasks.task import Rows, Task, build
 from regard.train.settings import Settings
 
 # The share of a text that is measured on and never trained on: its end.
 HELD_OUT = 10
 BYTES = 256
+# Steps whose rows of a task are made at once.
+BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,31 @@ class Source(Protocol):
 
 
 class TaskRows:
-    """Fresh rows of a task for every step."""
+    """Fresh rows of a task for every step, made on `device`; another kind of device makes other rows."""
 
     tokenizer = None
 
-    def __init__(self, task: Task, settings: Settings):
+    def __init__(self, task: Task, settings: Settings, device: torch.device | str = "cpu"):
         self.task, self.settings, self.vocabulary = task, settings, task.vocabulary
+        self.device = torch.device(device)
         self.about = {"task": task.name, **vars(task)}
 
     def batch(self, step: int) -> Batch:
         """`settings.batch` new rows."""
-        return self._rows(self.settings.batch, "train", step)
+        rows, place = self._block(step // BLOCK), step % BLOCK * self.settings.batch
+        here = slice(place, place + self.settings.batch)
+        return Batch(rows.inputs[here], rows.places[here], rows.answers[here])
 
     def held_out(self) -> Batch:
         """`settings.held_out` rows, the same for every seed."""
-        return self._rows(self.settings.held_out, "held out", 0, seed=0)
+        rows = self.task.make(self.settings.held_out, stream(0, "held out", device=self.device))
+        return Batch(rows.inputs, rows.places, rows.answers)
 
-    def _rows(self, count: int, what: str, step: int, seed: int | None = None) -> Batch:
-        made = self.task.make(count, stream(self.settings.seed if seed is None else seed, what, step))
-        return Batch(made.inputs, made.places, made.answers)
+    @functools.lru_cache(maxsize=1)  # noqa: B019  (one source lives as long as its run)
+    def _block(self, number: int) -> Rows:
+        """The rows of `BLOCK` steps, made at once because that costs little more than making those of one."""
+        generator = stream(self.settings.seed, "train", number, device=self.device)
+        return self.task.make(BLOCK * self.settings.batch, generator)
 
 
 class TextRows:
@@ -151,10 +159,10 @@ def open_source(settings: Settings) -> Source:
     return TextRows(tokens, BYTES, settings, byte_tokenizer())
 
 
-def stream(seed: int, *words: Any) -> torch.Generator:
-    """A CPU generator of its own for every seed and purpose."""
+def stream(seed: int, *words: Any, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of its own for every seed and purpose."""
     told = hashlib.sha256(repr((seed, *words)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(told[:7], "little"))
+    return torch.Generator(device).manual_seed(int.from_bytes(told[:7], "little"))
 
 
 def byte_tokenizer() -> Any:

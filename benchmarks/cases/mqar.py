@@ -1,0 +1,124 @@
+"""Associative recall (MQAR) of every mixer: two layers without MLPs, by width, length and pairs.
+
+The frame of Zoology (arXiv 2312.04927): pre-LayerNorm, tied embeddings, fresh rows for every step, the best of a few
+learning rates, stopped at 99 %. Softmax attention has learned positions, other mixers have none.
+"""
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from regard.layers import mixers
+from regard.search import facts
+from regard.train.settings import Settings
+from sweep import Job, over_seeds, sweep
+
+RATES = (3e-3, 1e-3, 1e-2)
+SOLVED = 0.99
+# Of one head of each mixer.
+HEAD = 128
+
+
+def run(
+    width: int = 0,
+    length: int = 0,
+    rates: int = 2,
+    seeds: int = 1,
+    steps: int = 1500,
+    batch: int = 256,
+    vocabulary: int = 8192,
+    seconds: int = 280,
+    workers: int = 8,
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Accuracy of every mixer, the best over learning rates, by seed.
+
+    Args:
+        width: one width; 0: 64, 128 and 256.
+        length: one length (256: 16 pairs, 512: 64; others: an eighth of it); 0: both.
+        rates: how many learning rates are tried, as long as 99 % is not reached.
+        seeds: runs of each.
+        steps: optimiser steps at most.
+        batch: rows of a step.
+        vocabulary: keys and values together.
+        seconds: no run begins after that, none goes on.
+        workers: processes side by side; 0: one after the other in this one.
+        part: which part of the mixers, from 0.
+        parts: into how many parts the mixers are dealt.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = mixers.names()[part::parts]
+    lengths = [(length, 16 if length == 256 else length // 8)] if length else [(256, 16), (512, 64)]
+    widths = (width,) if width else (64, 128, 256)
+    jobs = [
+        job(mixer, channels, tokens, pairs, seed, device, steps=steps, batch=batch, vocabulary=vocabulary)
+        for tokens, pairs in lengths
+        for channels in widths
+        for seed in range(seeds)
+        for mixer in chosen
+    ]
+
+    def again(tried: Job, figures: dict[str, Any]) -> Job | None:
+        number = RATES.index(tried.settings.rate) + 1
+        if figures["ended"] != "steps" or number >= rates:
+            return None
+        return replace(tried, settings=replace(tried.settings, rate=RATES[number]))
+
+    runs = sweep("mqar", jobs, workers, seconds, again)
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": list(chosen), "workers": workers}
+    told |= {"rates": RATES[:rates], "steps": steps, "batch": batch, "vocabulary": vocabulary, "bf16": device == "cuda"}
+    return told | {"left out": len(jobs) - len(cells(runs))}, table(runs)
+
+
+def job(
+    mixer: str, width: int, length: int, pairs: int, seed: int, device: str, steps: int, batch: int, vocabulary: int
+) -> Job:
+    """The first run of a cell."""
+    softmax = mixer == "softmax"
+    model = {
+        "hidden_size": width, "mixers": [mixer, mixer], "num_attention_heads": max(1, width // HEAD), "mlp": "none",
+        "norm": "layer", "positions": "learned" if softmax else "none",
+        "mixer_options": {"softmax": {"rope": False}} if softmax else None,
+    }  # fmt: skip
+    settings = Settings(
+        task="mqar", task_settings={"pairs": pairs, "vocabulary": vocabulary}, length=length, batch=batch, steps=steps,
+        rate=RATES[0], warmup=min(0.5, 100 / steps), evaluate=max(1, min(100, steps // 2)), held_out=512, seed=seed,
+        target=SOLVED, bf16=device == "cuda",
+    )  # fmt: skip
+    return Job({"mixer": mixer, "width": width, "length": length, "pairs": pairs}, model, settings, device)
+
+
+def cells(runs: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
+    """The runs of each mixer, width, length and seed."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for one in runs:
+        key = (one["length"], one["width"], one["mixer"], one.get("seed", 0))
+        found.setdefault(key, []).append(one)
+    return found
+
+
+def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a mixer, width and length: the best rate of each seed, their mean and half their range."""
+    best: dict[tuple, list[dict[str, Any]]] = {}
+    for key, tried in sorted(cells(runs).items()):
+        best.setdefault(key[:3], []).append(max(tried, key=lambda one: one.get("accuracy", -1.0)))
+    rows = []
+    for (length, width, mixer), by_seed in best.items():
+        accuracies = [one["accuracy"] for one in by_seed if "accuracy" in one]
+        rows.append(
+            {
+                "mixer": mixer,
+                "width": width,
+                "length": length,
+                "pairs": by_seed[0]["pairs"],
+                **over_seeds("accuracy", accuracies),
+                "steps": max(one.get("steps", 0) for one in by_seed),
+                "rate": by_seed[0]["rate"],
+                "ended": by_seed[0]["ended"],
+                "runs": [one for one in runs if (one["length"], one["width"], one["mixer"]) == (length, width, mixer)],
+            }
+        )
+    return rows
