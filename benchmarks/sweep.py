@@ -42,6 +42,9 @@ def done(job: Job) -> dict[str, Any]:
     except (RegardError, RuntimeError, NotImplementedError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return job.called | {"rate": job.settings.rate, "ended": "failed", "why": why, "seconds": time.time() - began}
+    finally:
+        if job.device == "cuda":
+            torch.cuda.empty_cache()  # the other processes need it
 
 
 def _run(job: Job) -> dict[str, Any]:

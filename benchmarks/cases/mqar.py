@@ -24,13 +24,14 @@ HEAD = 128
 def run(
     width: int = 0,
     length: int = 0,
+    pairs: int = 0,
     rates: int = 2,
     seeds: int = 1,
-    steps: int = 1500,
-    batch: int = 256,
+    steps: int = 3000,
+    batch: int = 128,
     vocabulary: int = 8192,
     seconds: int = 280,
-    workers: int = 8,
+    workers: int = 12,
     part: int = 0,
     parts: int = 1,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -38,7 +39,8 @@ def run(
 
     Args:
         width: one width; 0: 64, 128 and 256.
-        length: one length (256: 16 pairs, 512: 64; others: an eighth of it); 0: both.
+        length: one length; 0: 256 and 512.
+        pairs: of a row; 0: an eighth of its length.
         rates: how many learning rates are tried, as long as 99 % is not reached.
         seeds: runs of each.
         steps: optimiser steps at most.
@@ -51,11 +53,13 @@ def run(
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = mixers.names()[part::parts]
-    lengths = [(length, 16 if length == 256 else length // 8)] if length else [(256, 16), (512, 64)]
+    lengths = (length,) if length else (256, 512)
     widths = (width,) if width else (64, 128, 256)
     jobs = [
-        job(mixer, channels, tokens, pairs, seed, device, steps=steps, batch=batch, vocabulary=vocabulary)
-        for tokens, pairs in lengths
+        job(
+            mixer, channels, tokens, pairs or tokens // 8, seed, device, steps=steps, batch=batch, vocabulary=vocabulary
+        )
+        for tokens in lengths
         for channels in widths
         for seed in range(seeds)
         for mixer in chosen

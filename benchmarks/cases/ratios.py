@@ -31,7 +31,7 @@ def run(
     batch: int = 64,
     seeds: int = 1,
     seconds: int = 240,
-    workers: int = 8,
+    workers: int = 12,
     part: int = 0,
     parts: int = 1,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
