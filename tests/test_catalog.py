@@ -81,6 +81,17 @@ def test_one_stem_at_two_sites_must_be_told_apart(tmp_path):
     assert catalog.find("cache/toy", tmp_path).site == "cache"
 
 
+def test_what_replaces_the_product_cannot_be_attached():
+    assert not catalog.find("kda").attachable
+    assert catalog.find("duo").attachable
+    assert set(catalog.entries()) - set(catalog.attachable()) == {
+        name for name, entry in catalog.entries().items() if entry.site == "states"
+    }
+    catalog.find("duo").refuse_unattachable()
+    with pytest.raises(RegardError, match=r"'kda' replaces the product .*`regard train`"):
+        catalog.find("kda").refuse_unattachable()
+
+
 def test_unknown_stem_names_the_nearest(entry, tmp_path):
     with pytest.raises(RegardError, match=r"unknown mechanism 'toi'; known: .*Did you mean 'toy'"):
         catalog.find("tois"[:3], tmp_path)

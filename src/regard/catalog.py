@@ -32,7 +32,10 @@ VERBS = {
     "tokens": ("drop",),
     "logits": ("contrast",),
     "parameters": ("edit",),
+    "states": ("scan",),
 }
+# Sites whose mechanisms replace the product of queries, keys and values: weights trained for it are no use to them.
+REPLACING = ("states",)
 
 OPS = Path(__file__).parent / "ops"
 _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
@@ -54,6 +57,23 @@ class Entry:
         """The unambiguous name, `site/stem`."""
         return f"{self.site}/{self.stem}"
 
+    @property
+    def attachable(self) -> bool:
+        """Whether a recipe can give it to a pretrained model; if not, a model is trained with it."""
+        return self.site not in REPLACING
+
+    def refuse_unattachable(self) -> None:
+        """Raise unless a recipe can place it.
+
+        Raises:
+            RegardError: it replaces the product itself.
+        """
+        if not self.attachable:
+            raise RegardError(
+                f"{self.stem!r} replaces the product of queries, keys and values, so it cannot be attached to weights "
+                "trained for softmax; train a model with it (`regard train`), or attach another (`regard list`)"
+            )
+
 
 def entries(*roots: Path) -> dict[str, Entry]:
     """Every mechanism by stem, sorted; by `site/stem` where two sites share a stem.
@@ -71,6 +91,11 @@ def entries(*roots: Path) -> dict[str, Entry]:
                 found.setdefault(path.stem, []).append(_read(path, root, path.stat().st_mtime_ns))
     named = {(e.stem if len(group) == 1 else e.name): e for group in found.values() for e in group}
     return dict(sorted(named.items()))
+
+
+def attachable(*roots: Path) -> dict[str, Entry]:
+    """Of `entries`, those that a recipe can give to a pretrained model."""
+    return {name: entry for name, entry in entries(*roots).items() if entry.attachable}
 
 
 def find(name: str, *roots: Path) -> Entry:

@@ -8,6 +8,7 @@ from contracts.decoding import at_once, prompts
 from contracts.snapshot import snapshot
 from families import tiny
 from regard import Recipe, RegardError, place
+from regard.core.placement import Placement
 
 GATES = torch.rand(3, 2)
 
@@ -43,6 +44,10 @@ REFUSED = {
     "another shape": (
         Recipe([streaming()], shape={"layers": 30, "heads": 4, "kv_heads": 2, "head_dim": 8}),
         "made for a model with layers=30, this one has 3",
+    ),
+    "what replaces the product": (
+        [Placement("kda")],
+        "'kda' replaces the product of queries, keys and values, so it cannot be attached .*`regard train`",
     ),
     "no recipe": ("streaming", "a recipe holds placements made by regard.place"),
 }

@@ -1,4 +1,4 @@
-"""The subjects of the contract tests: every mechanism of the catalog, in the setting its card shows."""
+"""The subjects of the contract tests: every mechanism that can be attached, in the setting its card shows."""
 
 import torch
 
@@ -6,8 +6,8 @@ from regard import catalog
 from regard.adapters.families import Decoder
 from regard.recipes.recipe import Recipe, place
 
-MECHANISMS = sorted(catalog.entries())
-NEUTRAL = [stem for stem, entry in catalog.entries().items() if entry.card.neutral is not None]
+MECHANISMS = sorted(catalog.attachable())
+NEUTRAL = [stem for stem, entry in catalog.attachable().items() if entry.card.neutral is not None]
 
 
 def example(stem: str, decoder: Decoder) -> Recipe:

@@ -2,10 +2,12 @@
 
 import copy
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Trainer, TrainingArguments
 
 from regard.core.errors import RegardError
 from regard.layers import mixers
@@ -172,6 +174,28 @@ def test_save_and_load(name, tmp_path):
     assert not list(tmp_path.glob("*.bin"))
     with torch.no_grad():
         assert torch.equal(HybridForCausalLM.from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+def test_importing_registers_nothing():
+    code = "import regard.models.hybrid, transformers; print('regard_hybrid' in transformers.CONFIG_MAPPING)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+
+
+@pytest.mark.slow
+def test_trainer(tmp_path):
+    """transformers' own Trainer, with gradient checkpointing, on a stream that counts."""
+    pytest.importorskip("accelerate")
+    model = made(["kda", "hgrn", "softmax"], torch.float32).train()
+    rows = [{"input_ids": (ids := (torch.arange(16) + i) % VOCAB), "labels": ids} for i in range(32)]
+    settings = TrainingArguments(
+        tmp_path, max_steps=12, per_device_train_batch_size=8, learning_rate=3e-3, report_to=[], save_strategy="no",
+        gradient_checkpointing=True, disable_tqdm=True, use_cpu=True, logging_steps=1,
+    )  # fmt: skip
+    trainer = Trainer(model, settings, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.8 * losses[0]
 
 
 def test_auto_classes_know_it_once_asked(tmp_path):

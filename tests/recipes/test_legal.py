@@ -33,7 +33,7 @@ def served(decoder, *placements):
 
 
 def test_real_mechanisms_alone_and_in_pairs(llama):
-    entries = list(catalog.entries().values())
+    entries = list(catalog.attachable().values())
     got = judge(entries, llama)
     for entry in entries:
         tried = [Placement(entry.stem, options=o, tensors=stand_ins(entry, llama)) for o in settings(entry)]
@@ -89,14 +89,14 @@ def test_a_pair_is_refused_only_if_no_setting_can_be_served(llama, fakes, monkey
 
 
 def test_settings_are_never_neutral_where_others_are_not():
-    for entry in catalog.entries().values():
+    for entry in catalog.attachable().values():
         assert not any(neutral(entry, options) for options in settings(entry)), entry.stem
         for options in settings(entry):
             catalog.check_options(entry, options)
 
 
 def test_stand_ins_are_legal_tensors(llama):
-    for entry in catalog.entries().values():
+    for entry in catalog.attachable().values():
         for name, tensor in stand_ins(entry, llama).items():
             option = entry.card.options[name]
             assert tensor.shape == option.sizes(llama)

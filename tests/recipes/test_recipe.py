@@ -104,6 +104,7 @@ FILES = {
     "empty": (None, "is not a recipe: expected keys"),
     "placements no list": (GOOD | {"placements": {"a": 1}}, "placements must be a list, got {'a': 1}"),
     "placement no mapping": (GOOD | {"placements": ["streaming"]}, "placement 0 must name its mechanism, got 'stream"),
+    "what replaces the product": (one(mechanism="kda"), r"'kda' replaces the product .*`regard train`"),
     "unknown mechanism": (one(mechanism="streeming"), r"unknown mechanism 'streeming'; .* Did you mean 'streaming'\?"),
     "unknown option": (one(options={"windw": 5}), r"unknown option of 'streaming' 'windw'; .* Did you mean 'window'\?"),
     "option no word": (one(options={5: 5}), "unknown option of 'streaming' 5; known: sink, window"),

@@ -118,12 +118,12 @@ class Draws:
 
 
 def space(layers=12, **more):
-    return Space(tuple(e for e in catalog.entries().values() if e.card.saving != "none"), layers, **more)
+    return Space(tuple(e for e in catalog.attachable().values() if e.card.saving != "none"), layers, **more)
 
 
 def test_every_draw_is_legal():
     Draws.offered = {}
-    known = catalog.entries()
+    known = catalog.attachable()
     for seed in range(300):
         placed = space(order={"saw_int4": list(range(12))[::-1]}).suggest(Draws(random.Random(seed)))
         claims = set()
@@ -144,7 +144,7 @@ def test_the_most_sensitive_layers_are_spared():
     fixed |= {"saw_int4.key_bits.spared": 8, "saw_int4.value_bits.spared": 4}
     Draws.offered = {}
     draw = Draws(random.Random(0))
-    draw.params = {f"use.{stem}": False for stem in catalog.entries()} | fixed
+    draw.params = {f"use.{stem}": False for stem in catalog.attachable()} | fixed
     coarse, fine = space(6, order={"saw_int4": order}).suggest(draw)
     assert fine.layers == (3, 5)
     assert fine.options["key_bits"] == 8
@@ -157,7 +157,7 @@ def test_neutral_settings_place_nothing():
     fixed |= {"saw_int4.key_bits": 16, "saw_int4.value_bits": 16}
     Draws.offered = {}
     draw = Draws(random.Random(0))
-    draw.params = {f"use.{stem}": False for stem in catalog.entries()} | fixed
+    draw.params = {f"use.{stem}": False for stem in catalog.attachable()} | fixed
     assert space().suggest(draw) == []
 
 

@@ -218,7 +218,7 @@ def test_a_space_in_which_nothing_more_is_legal_comes_to_an_end(fakes, tmp_path)
 
 
 def test_what_cannot_stand_is_left_out_unless_it_was_named(fakes, tmp_path, monkeypatch):
-    monkeypatch.setattr("regard.search.study.entries", lambda: {n: fakes[n] for n in ("picky", "hoard")})
+    monkeypatch.setattr("regard.search.study.attachable", lambda: {n: fakes[n] for n in ("picky", "hoard")})
     study = run(tmp_path / "out", None, trials=3)
     reason = "'picky' needs 7 layers, this model has 6"
     assert study.facts["left_out"] == {"picky": reason}
@@ -227,7 +227,7 @@ def test_what_cannot_stand_is_left_out_unless_it_was_named(fakes, tmp_path, monk
     with pytest.raises(RegardError, match=f"'picky' cannot stand on this model: {reason}"):
         run(tmp_path / "named", ["hoard", "picky"])
     assert not (tmp_path / "named").exists()
-    monkeypatch.setattr("regard.search.study.entries", lambda: {"picky": fakes["picky"]})
+    monkeypatch.setattr("regard.search.study.attachable", lambda: {"picky": fakes["picky"]})
     with pytest.raises(RegardError, match="nothing to search: 'picky' needs 7 layers"):
         run(tmp_path / "none", None)
 
@@ -238,7 +238,7 @@ def test_what_cannot_be_fitted_is_left_out_unless_it_was_named(fakes, tmp_path, 
 
     monkeypatch.setattr("regard.search.calibration.fitter", lambda entry: fit if entry.stem == "duo" else None)
     known = {"duo": catalog.find("duo"), "planner": fakes["planner"]}
-    monkeypatch.setattr("regard.search.study.entries", lambda: known)
+    monkeypatch.setattr("regard.search.study.attachable", lambda: known)
     study = run(tmp_path / "out", None, trials=2, calibration=None)
     assert study.facts["left_out"] == {"duo": "nothing to fit here"}
     assert {p["mechanism"] for r in study.rows for p in r.placements} == {"planner"}

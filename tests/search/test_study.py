@@ -207,6 +207,8 @@ def test_a_mechanism_fitted_on_more_than_text_is_refused_by_name():
     needs = "'soft_injection' is fitted on prompts, queries, targets, and a search has only text; fit it with regard"
     with pytest.raises(RegardError, match=needs):
         search(MODEL, Letters(), TEXT, mechanisms=["saw_int4", "soft_injection"], out=None, storage="sqlite://")
+    with pytest.raises(RegardError, match="'kda' replaces the product"):
+        search(MODEL, Letters(), TEXT, mechanisms=["saw_int4", "kda"], out=None, storage="sqlite://")
 
 
 CHILD = """

@@ -49,6 +49,7 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
     branching = False
     for placement in placements:
         entry = catalog.find(placement.stem)
+        entry.refuse_unattachable()
         options = catalog.fill_options(entry, {**placement.options, **placement.tensors})
         _refuse_unknown_tokens(entry, options, decoder)
         branching |= "contrast" in entry.verbs

@@ -21,14 +21,14 @@ def register(app: typer.Typer) -> None:
 
 
 def list_mechanisms(json: Json = False) -> None:
-    """List the mechanisms that a recipe can place."""
+    """List the mechanisms: those that a recipe attaches to a model, and those that a model is trained with."""
     found = catalog.entries()
     if json:
         print_json([_summary(name, entry) for name, entry in found.items()])
         return
-    columns = ("mechanism", "site", "saves", "exact", "arXiv", "title")
+    columns = ("mechanism", "site", "used by", "saves", "exact", "arXiv", "title")
     rows = [
-        (name, entry.site, entry.card.saving, entry.card.exact, entry.card.arxiv, entry.card.title)
+        (name, entry.site, used_by(entry), entry.card.saving, entry.card.exact, entry.card.arxiv, entry.card.title)
         for name, entry in found.items()
     ]
     print_table(columns, rows)
@@ -38,11 +38,12 @@ def show_mechanism(
     stem: Annotated[str, typer.Argument(metavar="STEM", help="A mechanism, as `regard list` names it.")],
     json: Json = False,
 ) -> None:
-    """Show one mechanism's card, its options, and on which families of models it runs."""
+    """Show one mechanism's card, its options, and on which families of models it runs, if it can be attached."""
     entry = catalog.find(stem)
     card = entry.card
     if json:
-        told = {"stem": entry.stem, "site": entry.site, "verbs": entry.verbs, "families": support(entry)}
+        told = {"stem": entry.stem, "site": entry.site, "verbs": entry.verbs, "attachable": entry.attachable}
+        told["families"] = support(entry)
         print_json({**told, **asdict(card)})
         return
     facts: dict[str, Any] = {
@@ -54,7 +55,8 @@ def show_mechanism(
         "saves": card.saving,
         "aliases": card.aliases,
         "neutral at": _options_text(card.neutral) if card.neutral is not None else None,
-        "families": families_text(support(entry)),
+        "used by": used_by(entry),
+        "families": families_text(support(entry)) if entry.attachable else "none: `regard train` makes models with it",
     }
     print_pairs(
         facts
@@ -65,6 +67,11 @@ def show_mechanism(
         print()
         rows = [(name, o.kind, _default(o), legal(o), o.doc) for name, o in card.options.items()]
         print_table(("option", "kind", "default", "legal values", "meaning"), rows)
+
+
+def used_by(entry: catalog.Entry) -> str:
+    """How a model comes by the mechanism."""
+    return "attaching" if entry.attachable else "training"
 
 
 def support(entry: catalog.Entry) -> dict[str, str | None] | None:
@@ -125,6 +132,7 @@ def _summary(name: str, entry: catalog.Entry) -> dict[str, Any]:
         "arxiv": card.arxiv,
         "exact": card.exact,
         "saving": card.saving,
+        "attachable": entry.attachable,
         "aliases": card.aliases,
         "options": sorted(card.options),
     }

@@ -127,7 +127,7 @@ class HybridModel(HybridPreTrainedModel):
         super().__init__(config)
         assert config.mixers is not None
         width, count = config.hidden_size, len(config.mixers)
-        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.embed_positions = None
         if config.positions == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, width)
@@ -136,7 +136,6 @@ class HybridModel(HybridPreTrainedModel):
         self.norm = norm(config.norm, width, config.norm_eps)
         sizes = {of.stem: getattr(of.mixer, "bound_size", 0) for of in self._layers()}
         self.bounds = LowerBounds(count, {stem: size for stem, size in sizes.items() if size})
-        self.gradient_checkpointing = False
         self.post_init()
 
     def _layers(self) -> list[HybridLayer]:
@@ -185,21 +184,21 @@ class HybridModel(HybridPreTrainedModel):
 
     def _cache(self, given: Any, use_cache: bool | None, cu_seqlens: Tensor | None) -> HybridCache | None:
         """The cache to go on with, a new one, or None."""
-        if given is not None:
-            if not isinstance(given, HybridCache):
-                raise RegardError(
-                    f"past_key_values must be a HybridCache (model.cache()), got {type(given).__name__}: a recurrent "
-                    "layer has no keys and values"
-                )
-            layouts.same(self.config.mixers or (), given.mixers, "past_key_values")
-            if self.gradient_checkpointing and self.training:
-                raise RegardError("past_key_values cannot be written under gradient checkpointing; leave them out")
-        if self.gradient_checkpointing and self.training:
-            return None
-        wanted = (
-            (self.config.use_cache and not self.training and cu_seqlens is None) if use_cache is None else use_cache
-        )
-        return given if given is not None or not wanted else self.cache()
+        # A layer that is run again for its gradient would write twice.
+        again = self.training and any(layer.gradient_checkpointing for layer in self._layers())
+        if given is None:
+            if use_cache is None:
+                use_cache = self.config.use_cache and not self.training and cu_seqlens is None
+            return self.cache() if use_cache and not again else None
+        if not isinstance(given, HybridCache):
+            raise RegardError(
+                f"past_key_values must be a HybridCache (model.cache()), got {type(given).__name__}: a recurrent "
+                "layer has no keys and values"
+            )
+        layouts.same(self.config.mixers or (), given.mixers, "past_key_values")
+        if again:
+            raise RegardError("past_key_values cannot be written under gradient checkpointing; leave them out")
+        return given
 
     def _embed(
         self, x: Tensor, seen: int, mask: Tensor | None, position_ids: Tensor | None, cu_seqlens: Tensor | None

@@ -43,9 +43,10 @@ def place(
     Options are the mechanism's own (`regard show STEM`); fitted ones are tensors.
 
     Raises:
-        RegardError: an unknown mechanism or option, or a value its card forbids.
+        RegardError: an unknown mechanism or option, one that cannot be attached, or a value its card forbids.
     """
     entry = catalog.find(mechanism)
+    entry.refuse_unattachable()
     checked = catalog.check_options(entry, options)
     tensors = {name: value for name, value in checked.items() if isinstance(value, Tensor)}
     plain = {name: value for name, value in checked.items() if name not in tensors}
@@ -252,6 +253,7 @@ def _placement(path: Path, index: int, item: Any, tensors: dict[str, Tensor]) ->
     own = {name: tensors.pop(name) for name in [n for n in tensors if n.startswith(f"{index}.")]}
     fitted = {name.split(".", 1)[1]: tensor for name, tensor in own.items()}
     entry = catalog.find(item["mechanism"])
+    entry.refuse_unattachable()
     for name in options:
         choose(f"option of {entry.stem!r}", name, entry.card.options)
     for name in fitted:

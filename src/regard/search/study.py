@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from regard.adapters.families import open_decoder
-from regard.catalog import Entry, entries, find
+from regard.catalog import Entry, attachable, find
 from regard.core.errors import RegardError
 from regard.measure import text as text_
 from regard.measure.measure import SCORES, Measurement
@@ -369,11 +369,13 @@ def _mechanisms(written: Sequence[str | Entry] | None, plan: Plan) -> list[Entry
     """The entries to search over.
 
     Raises:
-        RegardError: an unknown name, nothing to search, or one that must be fitted and cannot be.
+        RegardError: an unknown name, one that cannot be attached, nothing to search, or one that must be fitted and
+            cannot be.
     """
     if written is not None:
         chosen = [name if isinstance(name, Entry) else find(name) for name in written]
         for entry in chosen:
+            entry.refuse_unattachable()
             if why := unfittable(entry):
                 raise RegardError(why)
     else:
@@ -389,7 +391,7 @@ def default_mechanisms(criteria: Sequence[str]) -> list[Entry]:
     """
     pays = {"memory": "bytes", "compute": "prefill decode"}
     wanted = {saving for saving, scores in pays.items() if set(scores.split()) & set(criteria)} or set(pays)
-    return [e for e in entries().values() if e.card.saving in wanted and unfittable(e) is None]
+    return [e for e in attachable().values() if e.card.saving in wanted and unfittable(e) is None]
 
 
 def _searchable(chosen: Sequence[Entry], why: str = "no mechanism given has options with values to search") -> None:

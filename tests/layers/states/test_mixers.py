@@ -11,12 +11,23 @@ from regard.primitives.memory import Memory
 
 WIDTH, HEADS = 32, 2
 NAMES = mixers.names()
+OPTIONS = {name: {} for name in NAMES} | {
+    "kda, safe": {"safe": True, "negative_eigenvalues": True},
+    "gated_delta_net, grouped": {"value_heads": 4, "gate": False},
+    "delta_net, gated": {"gate": True},
+    "softmax, window": {"window": 5, "kv_heads": 1, "rope": False},
+    "tnl, low rank": {
+        "gate": "low_rank", "norm": "layer", "value_silu": True, "positions": True, "schedule": "fla",
+    },
+}  # fmt: skip
+VARIANTS = tuple(OPTIONS)
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
-def made(name, dtype=torch.float64, **options):
+def made(variant, dtype=torch.float64):
     torch.manual_seed(3)
-    mixer = mixers.build(name, WIDTH, HEADS, layer=0, layers=3, options=options).to(dtype)
+    name = variant.split(",")[0]
+    mixer = mixers.build(name, WIDTH, HEADS, layer=0, layers=3, options=OPTIONS[variant]).to(dtype)
     for parameter in mixer.parameters():
         # Larger than a model starts with, so that gates differ from token to token.
         if parameter.dim() > 1:
@@ -30,11 +41,11 @@ def some(rows, tokens, dtype=torch.float64):
 
 def cover(name, mask, seen):
     """Softmax reads its keys again, so that its mask covers all of them; a recurrence is told of new tokens only."""
-    return mask if name == "softmax" else mask[:, seen:]
+    return mask if name.startswith("softmax") else mask[:, seen:]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_decoding_equals_one_forward(name, dtype):
     mixer, x = made(name, dtype), some(2, 19, dtype)
     with torch.no_grad():
@@ -46,7 +57,7 @@ def test_decoding_equals_one_forward(name, dtype):
 
 
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_padding_is_not_there(name, side):
     """A padded row, prefilled and decoded, gives what the same row gives alone."""
     mixer, x = made(name), some(1, 14)
@@ -64,7 +75,7 @@ def test_padding_is_not_there(name, side):
     torch.testing.assert_close(torch.cat(out, 1)[mask][None], alone, atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_packed_sequences_equal_separate_ones(name):
     mixer, x = made(name), some(1, 20)
     cuts = [0, 1, 4, 13, 20]
@@ -74,7 +85,7 @@ def test_packed_sequences_equal_separate_ones(name):
     torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-10, rtol=0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_rows_are_independent_and_the_future_unseen(name):
     mixer, x = made(name), some(3, 11)
     changed = x.clone()
@@ -88,7 +99,7 @@ def test_rows_are_independent_and_the_future_unseen(name):
     assert (a[2, 6:] - b[2, 6:]).abs().amax(-1).min() > 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_reach_every_parameter(name):
     mixer = made(name, torch.float32).train()
     (mixer(some(2, 12, torch.float32)) ** 2).sum().backward()
@@ -124,6 +135,33 @@ def test_bad_calls(name):
     if name != "hgrn":
         with pytest.raises(RegardError, match=r"layer 1 \(.*32 channels do not divide among 5 heads"):
             mixers.build(name, WIDTH, 5, layer=1, layers=3, options={"expand_k": 1.0} if name == "gla" else {})
+
+
+@pytest.mark.parametrize("how", ["plain", "padded", "packed", "windowed"])
+def test_softmax_that_drops_nothing(how):
+    """Dropout of weights takes another path; dropping next to none of them is what it is without."""
+    options = {"window": 4} if how == "windowed" else {}
+    with_dropout, without = (
+        mixers.build("softmax", WIDTH, HEADS, layer=0, layers=1, options={**options, "dropout": p}) for p in (1e-9, 0)
+    )
+    without.load_state_dict(with_dropout.state_dict())
+    call = {}
+    if how == "padded":
+        call["mask"] = torch.arange(9) >= torch.tensor([[0], [3]])
+    if how == "packed":
+        call["cu_seqlens"] = torch.tensor([0, 2, 9])
+    x = some(1 if how == "packed" else 2, 9, torch.float32)
+    ours, expected = with_dropout.train()(x, **call), without.train()(x, **call)
+    assert ours.isfinite().all()
+    real = call.get("mask", torch.ones(x.shape[:2], dtype=torch.bool))
+    torch.testing.assert_close(ours[real], expected[real])
+
+
+def test_softmax_drops_while_training():
+    mixer = mixers.build("softmax", WIDTH, HEADS, layer=0, layers=1, options={"dropout": 0.5})
+    x = some(2, 9, torch.float32)
+    assert not torch.equal(mixer.train()(x), mixer(x))
+    assert torch.equal(mixer.eval()(x), mixer(x))
 
 
 def test_names():

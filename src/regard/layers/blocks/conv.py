@@ -47,6 +47,8 @@ class ShortConv(nn.Module):
             return F.silu(self._packed(x, cu_seqlens))
         if mask is None:
             return F.silu(self._run(x, memory, None))
+        if x.shape[1] == 1:
+            return F.silu(self._run(x, memory, mask.sum(1)) * mask[..., None])
         # Real tokens first, in their order, then back: so padding on either side and in the middle is skipped.
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[..., None]
         y = self._run(x.take_along_dim(order, dim=1), memory, mask.sum(1))
