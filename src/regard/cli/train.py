@@ -28,7 +28,7 @@ Width = Annotated[int | None, typer.Option(min=1, help="Channels of the model; l
 Heads = Annotated[int | None, typer.Option(min=1, help="Heads of every mixer; left out, one for 64 channels.")]
 Text = Annotated[str | None, typer.Option(metavar="FILE", help="UTF-8 text to train on; its bytes are the tokens.")]
 Tokenizer = Annotated[str | None, typer.Option(help="A folder or a hub name; its tokens instead of bytes.")]
-TaskName = Annotated[str | None, typer.Option("--task", help="Instead of a text: mqar, copy or reverse_copy.")]
+TaskName = Annotated[str | None, typer.Option("--task", help="Instead of a text: a synthetic task, such as mqar.")]
 Pairs = Annotated[int | None, typer.Option(help="Of --task mqar: key-value pairs of a row.")]
 Length = Annotated[int | None, typer.Option(help="Tokens of a row.")]
 Batch = Annotated[int | None, typer.Option(help="Rows of a step.")]
