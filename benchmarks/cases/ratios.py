@@ -25,9 +25,9 @@ def run(
     text_width: int = 128,
     length: int = 256,
     pairs: int = 64,
-    vocabulary: int = 1024,
-    recall_steps: int = 600,
-    text_steps: int = 300,
+    vocabulary: int = 512,
+    recall_steps: int = 800,
+    text_steps: int = 250,
     batch: int = 64,
     seeds: int = 1,
     seconds: int = 240,
@@ -59,7 +59,7 @@ def run(
     for name, ratio in RATIOS.items():
         if ratio is None or ratio < layers:
             made |= {(mixer, name): layouts.ratio(mixer, ratio, layers=layers, recall=False) for mixer in chosen}
-    shared = {"length": length, "batch": batch, "held_out": 128, "bf16": device == "cuda"}
+    shared = {"length": length, "batch": batch, "floor": 0.1, "held_out": 128, "bf16": device == "cuda"}
     jobs = []
     for seed in range(seeds):
         for (mixer, ratio), layout in made.items():
