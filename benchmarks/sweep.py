@@ -76,7 +76,7 @@ def sweep(
     seconds: float,
     again: Callable[[Job, dict[str, Any]], Job | None] = lambda job, found: None,
 ) -> list[dict[str, Any]]:
-    """The figures of `jobs` in the order they finished, `workers` processes at a time (0: here, one by one).
+    """The figures of `jobs` as they finished, `workers` processes at a time (0: here, one by one).
 
     `again(job, figures)` may name one more run, which waits behind those named before. What has not begun after
     `seconds` is left out, what has not ended then is stopped and says so. Every line is appended at once to
@@ -96,7 +96,8 @@ def sweep(
         for job in jobs:
             begin(job)
         while waiting:
-            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+            ended = wait(waiting, return_when=FIRST_COMPLETED).done
+            for future in [one for one in waiting if one in ended]:
                 job, figures = waiting.pop(future), future.result()
                 if figures is None:
                     continue
