@@ -86,6 +86,8 @@ def recalling(layout: list[str], width: int) -> dict[str, Any]:
     alone = set(layout) == {layouts.SOFTMAX}
     return {
         "hidden_size": width, "mixers": layout, "num_attention_heads": 1, "mlp": "none", "norm": "layer",
+        # Attention alone learned nothing with the usual 0.02 at this width; recurrences did, and hybrids.
+        "initializer_range": width**-0.5 if alone else 0.02,
         "positions": "learned" if alone else "none",
         "mixer_options": {"softmax": {"rope": False}} if layouts.SOFTMAX in layout else None,
     }  # fmt: skip

@@ -28,11 +28,11 @@ def job(**changes):
 
 def test_the_best_rate_of_every_mixer(monkeypatch):
     monkeypatch.setattr(mqar.mixers, "names", lambda: ("delta_net", "softmax", "tnl"))
-    facts, rows = mqar.run(width=16, rates=2, steps=2, vocabulary=32, part=1, parts=2, **TINY)
+    facts, rows = mqar.run(width=16, tries=3, steps=2, vocabulary=32, part=1, parts=2, **TINY)
     assert facts["mixers"] == ["softmax"]
     assert facts["left out"] == 0
     (row,) = rows
-    assert [one["rate"] for one in row["runs"]] == [3e-3, 1e-3]
+    assert [(one["rate"], one["init"]) for one in row["runs"]] == [(3e-3, None), (3e-3, 0.02), (1e-3, 0.02)]
     assert row["accuracy"] == max(one["accuracy"] for one in row["runs"])
     assert (row["mixer"], row["width"], row["pairs"]) == ("softmax", 16, 2)
 

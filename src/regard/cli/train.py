@@ -53,6 +53,7 @@ MODEL = {
     "norm": "norm",
     "positions": "positions",
     "mixer_options": "mixer_options",
+    "init": "initializer_range",
 }
 
 
