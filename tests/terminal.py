@@ -8,6 +8,7 @@ QUICK_SEARCH = (
     "--trials 3 --set context=96 --set continuation=16 --set windows=1 --set final_length=160 --set final_windows=1 "
     "--set final_members=1 --set repeats=1 --set final_repeats=1 --set steps=4 --set facts=1 --mechanism saw_int4"
 ).split()
+QUICK_TRAIN = "--width 16 --heads 1 --length 64 --batch 2 --steps 4".split()
 QUICK_MEASURE = "--context 96 --continuation 16 --windows 1 --repeats 1 --facts 1".split()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from regard.models import pretrained
-from terminal import QUICK_MEASURE, QUICK_SEARCH
+from terminal import QUICK_MEASURE, QUICK_SEARCH, QUICK_TRAIN
 
 ROOT = Path(__file__).parents[2]
 PAGES = ["README.md", "docs/quickstart.md", "docs/concepts.md", "docs/commands.md"]
@@ -40,11 +40,12 @@ def test_commands(page, regard_command, tiny_folder, tmp_path, monkeypatch):
     """The page's commands run in order in one folder: on a tiny model instead of `demo`, with short windows."""
     monkeypatch.chdir(tmp_path)
     short = pretrained.demo_text()[:60_000]
+    (tmp_path / "book.txt").write_text(short, encoding="utf-8")
     monkeypatch.setattr(pretrained, "demo_folder", lambda: tiny_folder)
     monkeypatch.setattr(pretrained, "demo_text", lambda: short)
     for command in _in_order(page):
         words = shlex.split(command, comments=True)[1:]
-        words += {"search": QUICK_SEARCH, "measure": QUICK_MEASURE}.get(words[0], [])
+        words += {"search": QUICK_SEARCH, "measure": QUICK_MEASURE, "train": QUICK_TRAIN}.get(words[0], [])
         done = regard_command(*words)
         assert done.code == 0, f"{command}: {done.err}"
 

@@ -1,0 +1,112 @@
+"""Layers of every mixer for each layer of softmax attention (arXiv 2507.06457): recall, and loss on text.
+
+Recall is MQAR at a width at which a state is too small for all pairs. The text is the language reference that every
+CPython carries, byte by byte; its last tenth is measured on.
+"""
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from regard.layers import mixers
+from regard.models import layouts
+from regard.search import facts
+from regard.train.settings import Settings
+from sweep import Job, over_seeds, sweep
+
+# Layers of the mixer for one of softmax attention; None: no softmax at all.
+RATIOS = {"pure": None, "7:1": 7, "3:1": 3, "1:1": 1}
+
+
+def run(
+    layers: int = 8,
+    recall_width: int = 64,
+    text_width: int = 128,
+    length: int = 256,
+    pairs: int = 64,
+    vocabulary: int = 512,
+    recall_steps: int = 800,
+    text_steps: int = 250,
+    batch: int = 64,
+    seeds: int = 1,
+    seconds: int = 240,
+    workers: int = 12,
+    part: int = 0,
+    parts: int = 1,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Accuracy and loss (nats a byte) of every mixer at every ratio, and of softmax attention alone.
+
+    Args:
+        layers: of every model; ratios that leave no softmax layer are left out.
+        recall_width: channels of the models that recall, in one head.
+        text_width: channels of the models that read text, in heads of 64; with MLPs.
+        length: tokens of a row, of both.
+        pairs: of MQAR.
+        vocabulary: of MQAR.
+        recall_steps: optimiser steps of recall; 0 leaves recall out.
+        text_steps: optimiser steps on text; 0 leaves text out.
+        batch: rows of a step.
+        seeds: runs of each.
+        seconds: no run begins after that, none goes on.
+        workers: processes side by side; 0: one after the other in this one.
+        part: which part of the mixers, from 0; softmax attention is in each.
+        parts: into how many parts the mixers are dealt.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = [name for name in mixers.names() if name != layouts.SOFTMAX][part::parts]
+    made = {(layouts.SOFTMAX, "0:1"): [layouts.SOFTMAX] * layers}
+    for name, ratio in RATIOS.items():
+        if ratio is None or ratio < layers:
+            made |= {(mixer, name): layouts.ratio(mixer, ratio, layers=layers, recall=False) for mixer in chosen}
+    shared = {"length": length, "batch": batch, "floor": 0.1, "held_out": 128, "bf16": device == "cuda"}
+    jobs = []
+    for seed in range(seeds):
+        for (mixer, ratio), layout in made.items():
+            called = {"mixer": mixer, "ratio": ratio}
+            if recall_steps:
+                task = {"task": "mqar", "task_settings": {"pairs": pairs, "vocabulary": vocabulary}}
+                evaluate = max(1, min(100, recall_steps // 2))
+                words = {"steps": recall_steps, "rate": 3e-3, "target": 0.99, "evaluate": evaluate, "warmup": 0.1}
+                settings = Settings(seed=seed, **task, **words, **shared)
+                jobs.append(Job(called | {"what": "recall"}, recalling(layout, recall_width), settings, device))
+            if text_steps:
+                words = {"text": "the language reference", "steps": text_steps, "rate": 2e-3, "evaluate": text_steps}
+                settings = Settings(seed=seed, **words, **shared)
+                jobs.append(Job(called | {"what": "text"}, reading(layout, text_width), settings, device))
+    runs = sweep("ratios", jobs, workers, seconds)
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | shared | {"layers": layers, "workers": workers}
+    told |= {"recall width": recall_width, "pairs": pairs, "vocabulary": vocabulary, "recall steps": recall_steps}
+    told |= {"text width": text_width, "text steps": text_steps, "seeds": seeds, "left out": len(jobs) - len(runs)}
+    return told, table(runs, made)
+
+
+def recalling(layout: list[str], width: int) -> dict[str, Any]:
+    """A model without MLPs and with one head; softmax layers alone are told positions."""
+    alone = set(layout) == {layouts.SOFTMAX}
+    return {
+        "hidden_size": width, "mixers": layout, "num_attention_heads": 1, "mlp": "none", "norm": "layer",
+        # Attention alone learned nothing with the usual 0.02 at this width; recurrences did, and hybrids.
+        "initializer_range": width**-0.5 if alone else 0.02,
+        "positions": "learned" if alone else "none",
+        "mixer_options": {"softmax": {"rope": False}} if layouts.SOFTMAX in layout else None,
+    }  # fmt: skip
+
+
+def reading(layout: list[str], width: int) -> dict[str, Any]:
+    """A plain language model; its softmax layers have rotary positions."""
+    return {"hidden_size": width, "mixers": layout, "num_attention_heads": max(1, width // 64)}
+
+
+def table(runs: list[dict[str, Any]], made: dict[tuple[str, str], list[str]]) -> list[dict[str, Any]]:
+    """One row a mixer and ratio, means over seeds and half their range."""
+    rows = []
+    for (mixer, ratio), layout in made.items():
+        row: dict[str, Any] = {"mixer": mixer, "ratio": ratio, "softmax layers": layout.count(layouts.SOFTMAX)}
+        mine = [one for one in runs if (one["mixer"], one["ratio"]) == (mixer, ratio)]
+        for what, figure in (("recall", "accuracy"), ("text", "loss")):
+            values = [one[figure] for one in mine if one["what"] == what and figure in one]
+            row |= over_seeds(f"{what} {figure}", values)
+        ended = sorted({f"{one['what']}: {one['ended']}" for one in mine if one["ended"] in ("failed", "out of time")})
+        rows.append(row | {"note": "; ".join(ended), "runs": mine})
+    return rows

@@ -1,0 +1,73 @@
+"""The sweeps of the benchmarks, too small to learn anything: what runs, what is left out, what is kept."""
+
+import json
+
+import pytest
+import torch
+
+import sweep
+from cases import mqar, ratios
+from regard.train.settings import Settings
+
+TINY = {"length": 16, "batch": 2, "seconds": 600, "workers": 0}
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """On the CPU, with one thread, and what is kept on the way in a folder of its own."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+
+
+def job(**changes):
+    settings = Settings(task="copy", task_settings={"vocabulary": 8, "lag": 2}, length=8, batch=2, steps=2)
+    words = {"hidden_size": 8, "mixers": ["softmax"], "num_attention_heads": 1} | changes
+    return sweep.Job({"what": str(changes)}, words, settings, "cpu")
+
+
+def test_the_best_rate_of_every_mixer(monkeypatch):
+    monkeypatch.setattr(mqar.mixers, "names", lambda: ("delta_net", "softmax", "tnl"))
+    facts, rows = mqar.run(width=16, tries=3, steps=2, vocabulary=32, part=1, parts=2, **TINY)
+    assert facts["mixers"] == ["softmax"]
+    assert facts["left out"] == 0
+    (row,) = rows
+    assert [(one["rate"], one["init"]) for one in row["runs"]] == [(3e-3, None), (3e-3, 0.02), (1e-3, 0.02)]
+    assert row["accuracy"] == max(one["accuracy"] for one in row["runs"])
+    assert (row["mixer"], row["width"], row["pairs"]) == ("softmax", 16, 2)
+
+
+def test_every_ratio(monkeypatch):
+    monkeypatch.setattr(ratios.mixers, "names", lambda: ("softmax", "tnl"))
+    _, rows = ratios.run(
+        layers=4, recall_width=8, text_width=8, pairs=2, vocabulary=32, recall_steps=1, text_steps=1, seeds=2, **TINY
+    )
+    found = [(row["mixer"], row["ratio"], row["softmax layers"]) for row in rows]
+    assert found == [("softmax", "0:1", 4), ("tnl", "pure", 0), ("tnl", "3:1", 1), ("tnl", "1:1", 2)]
+    for row in rows:
+        losses = [one["loss"] for one in row["runs"] if one["what"] == "text"]
+        assert row["text loss"] == pytest.approx(sum(losses) / 2)
+        assert row["text loss spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
+        assert row["text loss spread"] > 0
+
+
+def test_a_refusal_ends_no_other_run(tmp_path):
+    found = sweep.sweep("some", [job(mlp="wide"), job()], 0, 600)
+    assert [one["ended"] for one in found] == ["failed", "steps"]
+    assert "unknown mlp 'wide'" in found[0]["why"]
+    kept = [json.loads(line) for line in (tmp_path / "partial-some.jsonl").read_text().splitlines()]
+    assert kept == found
+
+
+def test_no_run_begins_when_time_is_up(monkeypatch):
+    assert sweep.sweep("some", [job()], 0, -1) == []
+    monkeypatch.setattr(sweep, "_in_time", sweep.done)
+    (stopped,) = sweep.sweep("some", [job()], 0, -1)
+    assert (stopped["ended"], stopped["steps"]) == ("out of time", 1)
+
+
+@pytest.mark.slow
+def test_processes_side_by_side():
+    found = sweep.sweep("some", [job(), job(mlp="none")], 2, 600)
+    here = sweep.sweep("some", [job(), job(mlp="none")], 0, 600)
+    assert sorted(one["loss"] for one in found) == pytest.approx(sorted(one["loss"] for one in here), rel=1e-4)
