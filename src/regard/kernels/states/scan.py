@@ -66,15 +66,14 @@ def refuses(
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight, registers a thread."""
+    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight."""
 
     block: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
-def launch(kernel: str, dim: int, columns: int, channels: bool, dtype: torch.dtype) -> Launch:
+def launch(dim: int, columns: int, dtype: torch.dtype) -> Launch:
     """A fixed table, so that nothing is tried at run time (docs/log.md has the measurements)."""
     if dtype == torch.float32:
         return Launch(min(columns, 64), 4 if dim <= 64 else 8, 1)
@@ -136,10 +135,10 @@ class Problem:
         self.packed = len({row for row, _, _ in spans}) < len(spans)
         self.grid = (self.segments.longest, self.heads, self.segments.count)
 
-    def launch(self, kernel: str, dim: int, columns: int) -> tuple[dict[str, int | None], tuple[int, int]]:
+    def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
-        how = launch(kernel, dim, columns, self.kind == CHANNEL, self.dtype)
-        return {"num_warps": how.warps, "num_stages": how.stages, "maxnreg": how.registers}, (
+        how = launch(dim, columns, self.dtype)
+        return {"num_warps": how.warps, "num_stages": how.stages}, (
             columns // how.block,
             how.block,
         )
@@ -227,7 +226,7 @@ def run(
     `strict`: without the token itself. `rule`: (beta, triangle, error or None).
     """
     dim, columns = b.shape[3], c.shape[3]
-    keywords, (blocks, block) = p.launch("turned" if turned else "sweep", dim, columns)
+    keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
     entry = None if rule is None else f.entry
     of_out = error if out is None else out
@@ -303,7 +302,7 @@ def back(
     """Launch the delta rule's way back; `taught`: (beta, triangle), `given`: (error, dvalue, written, dbeta)."""
     beta, triangle = taught
     error, dvalue, written, dbeta = given or (None,) * 4
-    keywords, (blocks, block) = p.launch("back", p.dim, p.columns)
+    keywords, (blocks, block) = p.launch(p.dim, p.columns)
     strides = [_three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
     group = p.heads // f.left.shape[1]
     bulk, (left, right, entry), (dout_, error, dvalue, written) = bulked(
@@ -441,7 +440,7 @@ def _delta(p, f, dout, scale, taught, states, anchors) -> Gradients:
     beta, triangle, matrix, error = taught
     begins, first = states
     dv, written = torch.empty_like(error), torch.empty_like(error)
-    blocks = p.launch("back", p.dim, p.columns)[1][0]
+    blocks = p.launch(p.dim, p.columns)[1][0]
     dbeta = torch.empty(blocks, *beta.shape, dtype=torch.float32, device=p.device)
     local = None if matrix is None else lambda end: back(p, f, dout, scale, (beta, triangle), None, end, None)
     ends, last = carried(p, f, f.left, dout, first, matrix, True, local)
