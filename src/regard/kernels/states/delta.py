@@ -1,6 +1,3 @@
-# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# (a type checker reads a Triton kernel as Python, which it is not)
 """What the delta rule needs besides sweeps: the triangle of each chunk solved, and its own way back.
 
 Inside a chunk the corrections `x_i = v_i - (decayed state before i)^T k_i` depend on each other through
@@ -136,7 +133,9 @@ def back(
         dout = fetch(DOUT, sd, batch, head, token, rows, columns, skipped, ok, 1, BULK)
         if DECAY == 3:
             S = scaled(S, x, DECAY)
-        scores = products(k, q, x, SCORES, wide, chunk, head, heads, rows, DECAY, True, False, False, CHUNK, PRECISION)
+        scores, _ = products(
+            k, q, x, SCORES, wide, chunk, head, heads, rows, DECAY, True, False, False, CHUNK, PRECISION
+        )
         du = read(k, S.to(k.dtype), x, DECAY, PRECISION) + dot(scores.to(k.dtype), dout, PRECISION)
         ascent = dot(tl.trans(solved), (du * scale).to(solved.dtype), PRECISION)
         beta = strengths(BETA, sw, batch, head, token, rows, ok)

@@ -1,6 +1,3 @@
-# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# (a type checker reads a Triton kernel as Python, which it is not)
 """Decay by channel: its weights split into a share of queries and a share of keys, one chunk at a time.
 
 `2^(H_i - H_j) = 2^(H_i - m) 2^(m - H_j)`: with m in the middle of the chunk both shares stay finite, unless a channel
@@ -140,12 +137,12 @@ def mend(
 def mend_gradients(
     Q, K, G, DOUT, WRITTEN, DVALUE, DQ, DK, DKEY, DQUERY, WIDE, SEGMENTS, sq, sk, sg, sd, so, sv, scale, heads, span,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_G: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
+    GROUP_G: tl.constexpr, STRICT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of shares become those of q and k, in place: wide chunks among `span`, `BLOCK` channels of one head.
 
     The products inside the chunk, which the sweeps left out, are added. DKEY, DQUERY, DVALUE: the delta rule's (see
-    gates.py), or None.
+    gates.py), or None. STRICT: without the token itself, which gates.py adds.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -164,7 +161,8 @@ def mend_gradients(
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok)
             u = tile(at(WRITTEN, sv, batch, head, token, 1), rows, sv[2], columns, ok)
             dout = tile(at(DOUT, sd, batch, head, token, 1), rows, sd[2], columns, ok)
-            P = tl.where(rows[:, None] >= rows[None, :], dot(dout, tl.trans(u), PRECISION), 0.0) * scale
+            P = dot(dout, tl.trans(u), PRECISION) * scale
+            P = tl.where((rows[:, None] > rows[None, :]) | ((rows[:, None] == rows[None, :]) & (not STRICT)), P, 0.0)
             spot = at(DQ, so, batch, head, token, 1) + here
             dq = tl.load(spot, mask=ok[:, None], other=0.0) * fall + gather(q, k, P, H, rows, False, CHUNK)
             tl.store(spot, dq.to(DQ.dtype.element_ty), mask=ok[:, None])

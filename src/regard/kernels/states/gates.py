@@ -1,6 +1,3 @@
-# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# (a type checker reads a Triton kernel as Python, which it is not)
 """Gradients of log-decays from those of queries and keys.
 
 `exp(G_i - G_j)` gives queries `+q dq` and keys `-k dk` at their own token, and the decay of token t acts on every
@@ -41,6 +38,18 @@ def summed(own, sums, later, EXACT: tl.constexpr):
 
 
 @triton.jit
+def after(KNOWN, LAST, anchor, sequence, head, heads, dims, last, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """What the tokens after this piece sum to; 0 where nobody asks."""
+    sums = tl.zeros((BLOCK,), tl.float32)
+    if KNOWN is not None:
+        if not last:
+            sums = tl.load(KNOWN + (anchor * heads + head).to(tl.int64) * DIM + dims)
+        elif LAST is not None:
+            sums = tl.load(LAST + (sequence * heads + head) * DIM + dims)
+    return sums
+
+
+@triton.jit
 def gradient(X, strides, batch, head, token, rows, dims, end):
     """A tile of a gradient `[B, heads, T, D]`, float32."""
     spot = at(X, strides, batch, head, token, 1)
@@ -49,15 +58,16 @@ def gradient(X, strides, batch, head, token, rows, dims, end):
 
 @triton.jit
 def gates(
-    Q, DQ, K, DK, DKEY, DQUERY, G, DG, WIDE, KNOWN, LAST, SEQUENCES, sq, sk, so, sg, sx, heads,
+    Q, DQ, K, DK, SELF, DKEY, DQUERY, G, DG, WIDE, KNOWN, LAST, SEQUENCES, sq, sk, so, sg, sx, ss, heads,
     DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The tokens between two anchors of one head, `BLOCK` channels.
 
-    DKEY, DQUERY: what the delta rule adds to DK, as to a key and as to a query. CHANNELS: these are gradients of shares
-    (see factor.py) and become those of q and k, unless the chunk is wide and was mended. KNOWN
-    `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of each
+    SELF: `dout . u`, what token i makes of itself; it cancels in dg, so DQ and DK come without it (its rounding would
+    stay) and leave with it. DKEY, DQUERY: what the delta rule adds to DK, as to a key and as to a query. CHANNELS:
+    these are gradients of shares (see factor.py) and become those of q and k, unless the chunk is wide and was mended.
+    KNOWN `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of each
     sequence on. DG (None: not wanted) by token and channel, or by block of channels and token.
     """
     width: tl.constexpr = DIM // BLOCK
@@ -68,12 +78,8 @@ def gates(
     if begin >= end:
         return
     rows, dims = tl.arange(0, CHUNK), block * BLOCK + tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    if DG is not None:
-        if begin + EVERY * CHUNK < end:
-            sums = tl.load(KNOWN + ((first // EVERY + piece + 1) * heads + head).to(tl.int64) * DIM + dims)
-        elif LAST is not None:
-            sums = tl.load(LAST + (sequence * heads + head) * DIM + dims)
+    last = begin + EVERY * CHUNK >= end
+    sums = after(KNOWN, LAST, first // EVERY + piece + 1, sequence, head, heads, dims, last, BLOCK, DIM)
     later = (rows[:, None] <= rows[None, :]).to(tl.float32).to(tl.bfloat16)
     for i in range(EVERY):
         token = begin + (EVERY - 1 - i) * CHUNK
@@ -87,17 +93,20 @@ def gates(
             chunk = first + piece * EVERY + EVERY - 1 - i
             fall, rise = whole(G, WIDE, sg, batch, head, heads, token, end, chunk, rows, dims, GROUP_G, SPAN, BLOCKS)
             dq, dk = dq * fall, dk * rise
-            tl.store(at(DQ, so, batch, head, token, 1) + here, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
         if DG is not None:
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok).to(tl.float32)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok).to(tl.float32)
             own = q * dq - k * dk
+            alone = tl.load(at(SELF, ss, batch, head, token, 1) + rows * ss[2], mask=ok, other=0.0)[:, None]
+            dq, dk = dq + alone * k, dk + alone * q
         if DQUERY is not None:
             more = gradient(DQUERY, so, batch, head, token, rows, dims, end) * (fall if CHANNELS else 1.0)
             if DG is not None:
                 own += k * more
             dk += more
-        if CHANNELS or DKEY is not None:
+        if CHANNELS or DG is not None:
+            tl.store(at(DQ, so, batch, head, token, 1) + here, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
+        if CHANNELS or DG is not None or DKEY is not None:
             tl.store(at(DK, so, batch, head, token, 1) + here, dk.to(DK.dtype.element_ty), mask=ok[:, None])
         if DG is not None:
             if CHANNELS:

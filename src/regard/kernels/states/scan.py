@@ -1,5 +1,3 @@
-# pyright: basic, reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
-# (a type checker reads a Triton kernel as Python, which it is not)
 """The gated recurrence (docs/design.md, section 7) on a GPU: one call, forward and every gradient.
 
 A gradient is a scan. With u what is written (v, or the delta rule's correction), `<` before, and weights w:
@@ -57,6 +55,8 @@ def refuses(
     for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
         if size not in SIZES:
             return f"the kernels take {name} of {', '.join(map(str, SIZES))}, got {size}"
+    if q.shape[3] == 256 and (v.shape[3] < 64 or q.dtype == torch.float32):
+        return f"with D = 256 the kernels need Dv of at least 64 and 16-bit inputs, got {v.shape[3]} and {q.dtype}"
     if decay is not None and decay.dim() == 1 and decay.requires_grad and q.dtype != torch.float32:
         return "one decay a head adds up over all tokens: its gradient needs float32"
     if 0 in q.shape:
@@ -213,6 +213,7 @@ def run(
     turned: bool = False,
     reverse: bool = False,
     strict: bool = False,
+    alone: Tensor | None = None,
     scale: float = 1.0,
     begin: Tensor | None = None,
     end: Tensor | None = None,
@@ -223,7 +224,7 @@ def run(
 ) -> None:
     """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
 
-    `strict`: without the token itself. `rule`: (beta, triangle, error or None).
+    `strict`: without the token itself, whose product goes to `alone`. `rule`: (beta, triangle, error or None).
     """
     dim, columns = b.shape[3], c.shape[3]
     keywords, (blocks, block) = p.launch(dim, columns)
@@ -235,9 +236,9 @@ def run(
     groups = [group(x) for x in (a, b, c)]
     bulk, (a, b, entry), (c, out, error) = bulked(p, (a, b, entry), dim, (c, out, error), block)
     sweep[(blocks, p.heads, p.segments.count)](
-        a, b, c, out, p.decay, f.scaling, f.wide, None if turned else f.scores,
+        a, b, c, out, alone, p.decay, f.scaling, f.wide, None if turned else f.scores,
         beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
-        *strides, p.strides_g, _three(beta), _four(begin), _four(end), scale, p.heads,
+        *strides, p.strides_g, _three(beta if alone is None else alone), _four(begin), _four(end), scale, p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
         DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk,
         BLOCKS=p.blocks, EVERY=EVERY, **p.settings, **keywords,
@@ -381,7 +382,8 @@ class _Scan(torch.autograd.Function):
 class Gradients:
     """Gradients of one scan: `key` and `query` are what the delta rule adds to `k`; `first` is over the scale.
 
-    `written`: the values written. `known`: what decays have summed to from each anchor on (see gates.py).
+    `written`: the values written. `alone` `[B, H, T]`: what a token makes of itself, missing in `q` and `k` where it is
+    given. `known`: what decays have summed to from each anchor on (see gates.py).
     """
 
     q: Tensor
@@ -393,6 +395,7 @@ class Gradients:
     key: Tensor | None = None
     query: Tensor | None = None
     beta: Tensor | None = None
+    alone: Tensor | None = None
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:
@@ -414,12 +417,23 @@ def _plain(p, f, v, dout, scale, states, anchors) -> Gradients:
     """Gradients without the delta rule."""
     begins, first = states
     dq, dk, dv = p.like(p.dim, f.left), p.like(p.dim, f.left), p.like(p.columns, f.left)
-    run(p, f, v, f.right, a=dout, out=dq, scale=scale, turned=True, begin=_turn(begins), anchors=anchors)
+    strict, alone = anchors is not None, _alone(p, anchors)
+    run(
+        p, f, v, f.right, a=dout, out=dq, scale=scale, turned=True, strict=strict, alone=alone, begin=_turn(begins),
+        anchors=anchors,
+    )  # fmt: skip
     ends, last = carried(p, f, f.left, dout, first, None, True, None)
     end = p.states(p.dim, p.columns) if last is None else None
     run(p, f, f.left, dout, a=f.right, out=dv, scale=scale, reverse=True, begin=ends, end=end)
-    known = _keys(p, f, (dout, f.left, v, dk), scale, ends, anchors, strict=False)
-    return Gradients(dq, dk, dv, v, end if last is None else last, known)
+    known = _keys(p, f, (dout, f.left, v, dk), scale, ends, anchors, strict=strict)
+    return Gradients(dq, dk, dv, v, end if last is None else last, known, alone=alone)
+
+
+def _alone(p: Problem, anchors: Tensor | None) -> Tensor | None:
+    """Memory for what tokens make of themselves, where decays learn."""
+    if anchors is None:
+        return None
+    return torch.empty(p.batch, p.heads, p.tokens, dtype=torch.float32, device=p.device)
 
 
 def _keys(p, f, parts, scale, ends, anchors, strict) -> Tensor | None:
@@ -454,14 +468,15 @@ def _delta(p, f, dout, scale, taught, states, anchors) -> Gradients:
         of_dv = (of_dout - ends) * scale
     dq, dk, dkey, dquery = (p.like(p.dim, dout) for _ in range(4))
     turned = {"turned": True, "begin": _turn(begins)}
-    run(p, f, written, f.right, a=dout, out=dq, scale=scale, anchors=anchors, **turned)
+    strict, alone = anchors is not None, _alone(p, anchors)
+    run(p, f, written, f.right, a=dout, out=dq, scale=scale, strict=strict, alone=alone, anchors=anchors, **turned)
     run(p, f, written, f.right, a=dv, out=dquery, scale=-1.0, strict=True, **turned)
-    known = _keys(p, f, (dout, f.left, written, dk), scale, of_dout, anchors, strict=False)
+    known = _keys(p, f, (dout, f.left, written, dk), scale, of_dout, anchors, strict=strict)
     key = f.right if f.entry is None else f.entry
     more = _keys(p, f, (dv, key, written, dkey), -1.0, of_dv, anchors, strict=True)
     known = None if known is None else known + more
     first = end if last is None else last
-    return Gradients(dq, dk, dv, written, first, known, dkey, dquery, dbeta.sum(0).to(beta.dtype))
+    return Gradients(dq, dk, dv, written, first, known, dkey, dquery, dbeta.sum(0).to(beta.dtype), alone)
 
 
 def _mended(p, f, qk, dout, g: Gradients, scale) -> None:
@@ -470,8 +485,8 @@ def _mended(p, f, qk, dout, g: Gradients, scale) -> None:
     mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
         q, k, p.decay, dout, g.written, g.v, g.q, g.k, g.key, g.query, f.wide, p.segments.table,
         _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), scale, p.heads, LOOK,
-        DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, SPAN=p.span, BLOCKS=p.blocks,
-        **p.settings, num_warps=8, num_stages=1,
+        DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, STRICT=g.alone is not None,
+        SPAN=p.span, BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
@@ -489,8 +504,8 @@ def _decays(p, f, qk, g: Gradients, final) -> Tensor | None:
         ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
     strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
     gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
-        q, g.q, k, g.k, g.key, g.query, p.decay, ddecay, f.wide, g.known, None if final is None else final.sum(-1),
-        p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g, strides, p.heads,
+        q, g.q, k, g.k, g.alone, g.key, g.query, p.decay, ddecay, f.wide, g.known, None if final is None else final.sum(-1),
+        p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g, strides, _three(g.alone), p.heads,
         DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
         **p.settings, num_warps=4 if channels else 8, num_stages=1,
     )  # fmt: skip

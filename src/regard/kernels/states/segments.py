@@ -1,6 +1,3 @@
-# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# (a type checker reads a Triton kernel as Python, which it is not)
 """Cutting few long sequences into segments, so that every multiprocessor has work.
 
 A segment is carried from a zero state first; `join` then gives each the state it really begins with:

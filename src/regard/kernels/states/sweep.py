@@ -1,6 +1,3 @@
-# pyright: basic, reportCallIssue=false, reportGeneralTypeIssues=false, reportAssignmentType=false
-# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false
-# (a type checker reads a Triton kernel as Python, which it is not)
 """The one kernel behind a scan and all its gradients: a weighted running sum, in either direction.
 
     out_i = scale * sum_j (a_i . b_j) w_ij c_j,      w_ij = exp(sum of the decays between j and i),
@@ -245,11 +242,12 @@ def products(
     DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, MENDED: tl.constexpr, CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`(a_i . b_j) w_ij` of a chunk, 0 where j comes after i."""
+    """`(a_i . b_j) w_ij` of a chunk, 0 where j comes after i; and `a_i . b_i`."""
     before = rows[:, None] <= rows[None, :] if REVERSE else rows[:, None] >= rows[None, :]
     if STRICT:
         before = before & (rows[:, None] != rows[None, :])
-    scores = weighted(tl.where(before, dot(a, tl.trans(b), PRECISION), 0.0), H, DECAY)
+    full = dot(a, tl.trans(b), PRECISION)
+    scores = weighted(tl.where(before, full, 0.0), H, DECAY)
     if SCORES is not None:
         if wide:
             corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
@@ -257,13 +255,13 @@ def products(
             scores = tl.load(SCORES + corner + rows[:, None] * near + rows[None, :] * far).to(tl.float32)
     elif MENDED:
         scores = tl.where(wide, 0.0, scores)
-    return scores
+    return scores, tl.sum(tl.where(rows[:, None] == rows[None, :], full, 0.0), 1)
 
 
 @triton.jit
 def sweep(
-    A, B, C, OUT, G, FACTORS, WIDE, SCORES, BETA, TRIANGLE, ENTRY, ERROR, BEGIN, END, TOTAL, ANCHORS, MEET, SEGMENTS,
-    sa, sb, sc, se, so, sg, sw, sn, sm, scale, heads,
+    A, B, C, OUT, SELF, G, FACTORS, WIDE, SCORES, BETA, TRIANGLE, ENTRY, ERROR, BEGIN, END, TOTAL, ANCHORS, MEET,
+    SEGMENTS, sa, sb, sc, se, so, sg, sw, sn, sm, scale, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, GROUP_C: tl.constexpr, GROUP_G: tl.constexpr,
     DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, BULK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -272,17 +270,15 @@ def sweep(
     """One segment of one head, `BLOCK` columns of c.
 
     Pointers that are None switch their part off. A, OUT: without them only the state is carried. STRICT: token i itself
-    is left out. WIDE: see factor.py; the products a . b of such a chunk lie in SCORES, or, without it, are added later.
-    TRIANGLE: c becomes what the delta rule writes with strength BETA; ERROR receives it over beta; ENTRY: b with the
-    decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before and after. TOTAL: all decay of the segment.
-    ANCHORS: the state every `EVERY` chunks, written forwards; MEET: its product with the state of this sweep,
-    backwards. Strides are (batch, head, token), of states (segment, head, row, column).
+    is left out; SELF `[B, heads, T]` receives a_i . b_i. WIDE: see factor.py; the products a . b of such a chunk lie in
+    SCORES or are added later. TRIANGLE: c becomes what the delta rule writes with strength BETA; ERROR receives it over
+    beta; ENTRY: b with the decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before and after. TOTAL: all
+    decay of the segment. ANCHORS, MEET: see `anchor`. Strides: (batch, head, token); of states, all four.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, start, end, first = segment_of(SEGMENTS, segment)
-    rows, dims, skipped = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK
-    columns = skipped + tl.arange(0, BLOCK)
+    rows, dims, columns = tl.arange(0, CHUNK), tl.arange(0, DIM), block * BLOCK + tl.arange(0, BLOCK)
     WIDTH: tl.constexpr = COLUMNS if DECAY == 4 else DIM
     offsets = columns if DECAY == 4 else dims
     S, passed = begun(BEGIN, sn, segment, head, dims, columns, DIM, BLOCK), tl.zeros((DIM,), tl.float32)
@@ -298,20 +294,22 @@ def sweep(
         if ANCHORS is not None and not REVERSE:
             anchor(ANCHORS, MEET, S, chunk, head, heads, dims, columns, REVERSE, EVERY, DIM, COLUMNS)
         b = fetch(B, sb, batch, head, token, rows, dims, 0, ok, GROUP_B, BULK)
-        c = fetch(C, sc, batch, head, token, rows, columns, skipped, ok, GROUP_C, BULK)
+        c = fetch(C, sc, batch, head, token, rows, columns, block * BLOCK, ok, GROUP_C, BULK)
         if DECAY == 3 or DECAY == 4:
             S = scaled(S, x, DECAY)
         state = S.to(b.dtype)
         if TRIANGLE is not None:
             key = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK) if DECAY == 3 else b
             c = corrected(c, key, state, x, TRIANGLE, BETA, ERROR, sw, so, batch, head, heads, token, end, chunk, rows,
-                          columns, skipped, DECAY, BULK, CHUNK, PRECISION)  # fmt: skip
+                          columns, block * BLOCK, DECAY, BULK, CHUNK, PRECISION)  # fmt: skip
         if OUT is not None:
             a = fetch(A, sa, batch, head, token, rows, dims, 0, ok, GROUP_A, BULK)
-            scores = products(a, b, x, SCORES, wide, chunk, head, heads, rows, DECAY, REVERSE, STRICT, WIDE is not None,
-                              CHUNK, PRECISION)  # fmt: skip
+            scores, own = products(a, b, x, SCORES, wide, chunk, head, heads, rows, DECAY, REVERSE, STRICT,
+                                   WIDE is not None, CHUNK, PRECISION)  # fmt: skip
             out = (read(a, state, x, DECAY, PRECISION) + dot(scores.to(b.dtype), c, PRECISION)) * scale
-            put(OUT, so, batch, head, token, rows, columns, skipped, ok, out, BULK)
+            put(OUT, so, batch, head, token, rows, columns, block * BLOCK, ok, out, BULK)
+            if SELF is not None:
+                tl.store(at(SELF, sw, batch, head, token, 1) + rows * sw[2], own * scale, mask=ok & (block == 0))
         S = advanced(S, b, c, x, y, z, wide, DECAY, PRECISION)
         if TOTAL is not None:
             passed += tl.log2(x) + tl.log2(y) + tl.log2(z) if DECAY == 3 else z
