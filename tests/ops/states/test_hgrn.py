@@ -106,6 +106,7 @@ def test_bounds_rise_from_nothing():
         ({"mask": torch.ones(2, 23)}, "mask must be bool"),
         ({"cu_seqlens": torch.tensor([0, 23])}, "B must be 1"),
         ({"backend": "chunkd"}, "Did you mean 'chunked'"),
+        ({"backend": "triton"}, "'triton' refuses: kernels run on a CUDA device, not on cpu"),
     ],
 )
 def test_refuses(written, words):
