@@ -120,3 +120,13 @@ def test_refuses_cuts(cuts):
     x, decay = made(B=1)
     with pytest.raises(RegardError, match="cu_seqlens must"):
         hgrn.scan(x, decay, cu_seqlens=torch.tensor(cuts))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_kernel_is_taken_and_agrees():
+    x, decay = (y.cuda() for y in made(T=300, D=96, dtype=torch.float32))
+    got = hgrn.scan(x, decay)
+    for one, named in zip(got, hgrn.scan(x, decay, backend="triton"), strict=True):
+        assert torch.equal(one, named)
+    for one, other in zip(got, hgrn.scan(x, decay, backend="chunked"), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
