@@ -8,6 +8,7 @@ import torch
 from regard import catalog
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
+from regard.layers import mixers
 
 FILE = '''"""A mechanism."""
 
@@ -90,6 +91,14 @@ def test_what_replaces_the_product_cannot_be_attached():
     catalog.find("duo").refuse_unattachable()
     with pytest.raises(RegardError, match=r"'kda' replaces the product .*`regard train`"):
         catalog.find("kda").refuse_unattachable()
+
+
+def test_what_replaces_the_product_is_trained_where_it_has_a_layer_and_called_elsewhere():
+    for entry in catalog.entries().values():
+        layer = "training" if entry.stem in mixers.names() else "calling"
+        assert entry.used_by == ("attaching" if entry.attachable else layer)
+    with pytest.raises(RegardError, match=r"call it \(regard.ops.states.lla\)"):
+        catalog.find("lla").refuse_unattachable()
 
 
 def test_unknown_stem_names_the_nearest(entry, tmp_path):

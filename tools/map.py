@@ -32,9 +32,8 @@ def render() -> str:
         card = entry.card
         # The identifier only: a table of links would be noise, and a paper is found by its number.
         paper = f"{card.title} (arXiv {card.arxiv})" if card.arxiv else card.title
-        used = "attaching" if entry.attachable else "training"
         exact = "yes" if card.exact else "no"
-        cells = (f"`{name}`", f"`{entry.site}`", used, paper, card.saving, exact, card.implements)
+        cells = (f"`{name}`", f"`{entry.site}`", entry.used_by, paper, card.saving, exact, card.implements)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     for name, entry in catalog.entries().items():
         lines += ["", f"### {name}", ""]

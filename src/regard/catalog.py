@@ -38,6 +38,7 @@ VERBS = {
 REPLACING = ("states",)
 
 OPS = Path(__file__).parent / "ops"
+LAYERS = Path(__file__).parent / "layers"
 _TYPES = {"int": int, "float": (int, float), "bool": bool, "str": str}
 
 
@@ -59,8 +60,15 @@ class Entry:
 
     @property
     def attachable(self) -> bool:
-        """Whether a recipe can give it to a pretrained model; if not, a model is trained with it."""
+        """Whether a recipe can give it to a pretrained model."""
         return self.site not in REPLACING
+
+    @property
+    def used_by(self) -> str:
+        """How it is put to use: by `attaching` it, by `training` a model that has its layer, or by `calling` it."""
+        if self.attachable:
+            return "attaching"
+        return "training" if (LAYERS / self.site / f"{self.stem}.py").is_file() else "calling"
 
     def refuse_unattachable(self) -> None:
         """Raise unless a recipe can place it.
@@ -68,11 +76,13 @@ class Entry:
         Raises:
             RegardError: it replaces the product itself.
         """
-        if not self.attachable:
-            raise RegardError(
-                f"{self.stem!r} replaces the product of queries, keys and values, so it cannot be attached to weights "
-                "trained for softmax; train a model with it (`regard train`), or attach another (`regard list`)"
-            )
+        if self.attachable:
+            return
+        other = "train a model with it (`regard train`)" if self.used_by == "training" else f"call it ({self.module})"
+        raise RegardError(
+            f"{self.stem!r} replaces the product of queries, keys and values, so it cannot be attached to weights "
+            f"trained for softmax; {other}, or attach another (`regard list`)"
+        )
 
 
 def entries(*roots: Path) -> dict[str, Entry]:

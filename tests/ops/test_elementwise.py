@@ -8,7 +8,7 @@ from regard.ops.elementwise import recur
 from regard.primitives.elementwise import stepwise
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["auto", "stepwise", "chunked"])
 @pytest.mark.parametrize("reset", [None, 4])
 def test_on_a_cpu_it_is_plain_torch(backend, reset):
     forget, inputs = torch.rand(2, 9, 3, dtype=torch.float64), torch.randn(2, 9, 3, dtype=torch.float64)

@@ -21,14 +21,14 @@ def register(app: typer.Typer) -> None:
 
 
 def list_mechanisms(json: Json = False) -> None:
-    """List the mechanisms: those that a recipe attaches to a model, and those that a model is trained with."""
+    """List the mechanisms: those that a recipe attaches, those that a model is trained with, those that are called."""
     found = catalog.entries()
     if json:
         print_json([_summary(name, entry) for name, entry in found.items()])
         return
     columns = ("mechanism", "site", "used by", "saves", "exact", "arXiv", "title")
     rows = [
-        (name, entry.site, used_by(entry), entry.card.saving, entry.card.exact, entry.card.arxiv, entry.card.title)
+        (name, entry.site, entry.used_by, entry.card.saving, entry.card.exact, entry.card.arxiv, entry.card.title)
         for name, entry in found.items()
     ]
     print_table(columns, rows)
@@ -55,8 +55,8 @@ def show_mechanism(
         "saves": card.saving,
         "aliases": card.aliases,
         "neutral at": _options_text(card.neutral) if card.neutral is not None else None,
-        "used by": used_by(entry),
-        "families": families_text(support(entry)) if entry.attachable else "none: `regard train` makes models with it",
+        "used by": entry.used_by,
+        "families": _families(entry),
     }
     print_pairs(
         facts
@@ -69,11 +69,6 @@ def show_mechanism(
         print_table(("option", "kind", "default", "legal values", "meaning"), rows)
 
 
-def used_by(entry: catalog.Entry) -> str:
-    """How a model comes by the mechanism."""
-    return "attaching" if entry.attachable else "training"
-
-
 def support(entry: catalog.Entry) -> dict[str, str | None] | None:
     """Family -> why the card's example is refused there, None if it runs; None for all: it was never tried.
 
@@ -81,6 +76,13 @@ def support(entry: catalog.Entry) -> dict[str, str | None] | None:
     """
     known = json_.loads((files("regard") / "support.json").read_text(encoding="utf-8"))
     return known.get(entry.name, known.get(entry.stem))
+
+
+def _families(entry: catalog.Entry) -> str:
+    if entry.attachable:
+        return families_text(support(entry))
+    use = "`regard train` makes models with it" if entry.used_by == "training" else f"call `{entry.module}.scan`"
+    return f"none: {use}"
 
 
 def families_text(answers: Mapping[str, str | None] | None) -> str:

@@ -6,7 +6,8 @@ from regard.core.errors import RegardError, choose
 from regard.kernels import device
 from regard.primitives import elementwise
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "stepwise", "chunked", "triton")
+FORMS = {"stepwise": elementwise.stepwise, "chunked": elementwise.recur}
 
 
 def recur(
@@ -24,16 +25,19 @@ def recur(
         inputs: `[..., T, D]`.
         initial: `[..., D]`; None: zero.
         reset: the state starts at zero at every multiple of it.
-        backend: "triton" (gradients once), "torch", or "auto": the kernel where it does not refuse.
+        backend: "stepwise" (the definition), "chunked" (plain torch, any device), "triton" (a GPU, gradients once), or
+            "auto": the kernel where it does not refuse, else chunks.
 
     Raises:
         RegardError: arguments do not belong together, or a named backend refuses them.
     """
     choose("backend", backend, BACKENDS)
     elementwise.check(forget, inputs, initial, reset)
-    refusal = "asked for" if backend == "torch" else _refuses(forget, inputs, initial, reset)
+    if backend in FORMS:
+        return FORMS[backend](forget, inputs, initial=initial, reset=reset)
+    refusal = _refuses(forget, inputs, initial, reset)
     if backend == "triton" and refusal is not None:
-        raise RegardError(f"backend 'triton' refuses: {refusal}. Use backend='torch' or 'auto'")
+        raise RegardError(f"backend 'triton' refuses: {refusal}. Use backend='chunked' or 'auto'")
     if refusal is not None:
         return elementwise.recur(forget, inputs, initial=initial, reset=reset)
     from regard.kernels.states import elementwise as kernel

@@ -18,7 +18,7 @@ from regard.core.errors import RegardError
 from regard.core.errors import choose as one_of
 from regard.primitives.recurrence import chunked, quadratic, stepwise
 
-__all__ = ["choose", "scan", "step"]
+__all__ = ["choose", "scan", "step", "without_padding"]
 
 BACKENDS = ("auto", "stepwise", "quadratic", "chunked", "triton")
 Result = tuple[Tensor, Tensor]
@@ -73,7 +73,7 @@ def scan(
     one_of("backend", backend, BACKENDS)
     _check(q, k, v, decay, beta, initial_state, cu_seqlens, mask)
     if mask is not None:
-        q, k, v, decay, beta = _without_padding(mask, q, k, v, decay, beta)
+        q, k, v, decay, beta = without_padding(mask, q, k, v, decay, beta)
     if q.device.type == "cpu" if check is None else check:
         check_values(decay, beta, (2.0 if delta else 1.0) if beta_max is None else beta_max)
         check_bounds(cu_seqlens, q.shape[2])
@@ -208,8 +208,11 @@ def _one_by_one(
     return torch.cat([out for out, _ in parts], 2), torch.cat([state for _, state in parts[1:]] or [parts[0][1][:0]])
 
 
-def _without_padding(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> list:
-    """Zeros at padding, also in the gates: nothing is written there, read there, or forgotten."""
+def without_padding(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, beta: Tensor | None) -> list:
+    """`[q, k, v, decay, beta]` with zeros at padding: nothing is written there, read there, or forgotten.
+
+    `mask [B, T]` is bool, False at padding; the rest is as `scan` takes it. A decay `[H]` comes back `[B, H, T]`.
+    """
     if decay is not None and decay.dim() == 1:
         decay = decay[None, :, None].expand(q.shape[0], -1, q.shape[2])
     hide = ~mask[:, None, :]

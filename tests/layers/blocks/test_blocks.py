@@ -8,7 +8,7 @@ from regard.layers.blocks.conv import ShortConv
 from regard.layers.blocks.gates import decay_bias
 from regard.layers.blocks.heads import size, whole_groups
 from regard.layers.blocks.norms import RMSNorm, l2, norm
-from regard.layers.blocks.positions import positions, rotate
+from regard.layers.blocks.positions import positions
 from regard.primitives.memory import Memory
 
 
@@ -47,21 +47,6 @@ def test_packed_convolution():
             torch.testing.assert_close(out[0, a:b], convolved(x[0, a:b], conv.weight), atol=1e-12, rtol=0)
 
 
-def test_rotation():
-    """Channel i and i + D/2 turn by `position * base^(-2i/D)`; scores depend on distances only."""
-    x = torch.randn(1, 1, 5, 6, dtype=torch.float64)
-    at = torch.tensor([[3, 4, 5, 9, 20]])
-    out = rotate(x, at, base=100.0)
-    for t in range(5):
-        for i in range(3):
-            turn = torch.polar(torch.ones((), dtype=torch.float64), at[0, t] * torch.tensor(100.0).double() ** (-i / 3))
-            a, b = x[0, 0, t, i], x[0, 0, t, i + 3]
-            expected = torch.complex(a, b) * turn
-            torch.testing.assert_close(torch.complex(out[0, 0, t, i], out[0, 0, t, i + 3]), expected)
-    shifted = rotate(x, at + 11, base=100.0)
-    torch.testing.assert_close(shifted @ shifted.mT, out @ out.mT)
-
-
 def test_positions_count_real_tokens():
     memory, mask = Memory(), torch.tensor([[False, True, True], [True, True, False]])
     assert positions(3, mask.device, memory, mask).tolist() == [[-1, 0, 1], [0, 1, 1]]
@@ -96,7 +81,6 @@ def test_starting_steps_are_log_uniform():
         (lambda: size("keys", 30, 1.0, 0), "heads must be 1 or more, got 0"),
         (lambda: whole_groups(5, 2), "multiple of the 2 key heads, got 5"),
         (lambda: ShortConv(3, 0, "tail"), "1 or more, got 0"),
-        (lambda: rotate(torch.zeros(1, 1, 2, 3), torch.arange(2)[None]), "even head size, got 3"),
     ],
 )
 def test_what_is_refused(call, match):

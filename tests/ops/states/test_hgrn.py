@@ -106,6 +106,7 @@ def test_bounds_rise_from_nothing():
         ({"mask": torch.ones(2, 23)}, "mask must be bool"),
         ({"cu_seqlens": torch.tensor([0, 23])}, "B must be 1"),
         ({"backend": "chunkd"}, "Did you mean 'chunked'"),
+        ({"backend": "triton"}, "'triton' refuses: kernels run on a CUDA device, not on cpu"),
     ],
 )
 def test_refuses(written, words):
@@ -119,3 +120,13 @@ def test_refuses_cuts(cuts):
     x, decay = made(B=1)
     with pytest.raises(RegardError, match="cu_seqlens must"):
         hgrn.scan(x, decay, cu_seqlens=torch.tensor(cuts))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_kernel_is_taken_and_agrees():
+    x, decay = (y.cuda() for y in made(T=300, D=96, dtype=torch.float32))
+    got = hgrn.scan(x, decay)
+    for one, named in zip(got, hgrn.scan(x, decay, backend="triton"), strict=True):
+        assert torch.equal(one, named)
+    for one, other in zip(got, hgrn.scan(x, decay, backend="chunked"), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)

@@ -10,9 +10,6 @@ The gradient is the same recurrence run backwards, `g_t = forget_{t+1} * g_{t+1}
 `dforget_t = g_t * h_{t-1}`. So one kernel serves both directions.
 """
 
-# A launch takes options that its kernel's signature lacks, and a loop in a kernel is no iterator of Python's.
-# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
-
 from typing import Any
 
 import torch

@@ -6,9 +6,6 @@ need a product of the old state with a vector, so both are taken from the tile w
     S' = A S,  w = beta (v - [delta] S'^T k),  S <- S' + k w^T,  o = scale (S'^T q + (q . k) w).
 """
 
-# A launch takes options that its kernel's signature lacks.
-# pyright: reportCallIssue=false
-
 import torch
 import triton
 import triton.language as tl

@@ -1,10 +1,8 @@
-"""Where a token stands: counting without padding, and rotary positions."""
+"""Where a token stands: counting without padding."""
 
 import torch
 from torch import Tensor
 
-from regard.core.errors import RegardError
-from regard.layers.blocks.norms import exact, wide
 from regard.primitives.memory import Memory
 
 
@@ -29,19 +27,3 @@ def positions(tokens: int, device: torch.device, memory: Memory | None, mask: Te
     if memory is not None:
         memory.set("count", ends[:, -1:].clone())
     return ends - 1
-
-
-def rotate(x: Tensor, at: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotary positions: halves of `x [B, H, T, D]` turn by `position * base^(-2i/D)`; `at [1|B, T]`.
-
-    Raises:
-        RegardError: D is odd.
-    """
-    size = x.shape[-1]
-    if size % 2:
-        raise RegardError(f"rotary positions need an even head size, got {size}")
-    turns = base ** (torch.arange(0, size, 2, device=x.device, dtype=exact(x.dtype)) / -size)
-    angle = at[:, None, :, None] * turns
-    cos, sin = angle.cos(), angle.sin()
-    a, b = wide(x).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

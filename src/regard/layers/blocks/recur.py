@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from regard.core.errors import RegardError
-from regard.ops.recurrence import scan, step
+from regard.ops.recurrence import scan, step, without_padding
 from regard.primitives.memory import Memory
 
 
@@ -45,27 +45,11 @@ def recur(
     state = memory.get("state") if memory is not None else None
     if state is not None and q.shape[2] == 1 and not torch.is_grad_enabled():
         if mask is not None:
-            q, k, v, gates = _hide(mask, q, k, v, gates)
+            q, k, v, decay, beta = without_padding(mask, q, k, v, gates.get("decay"), gates.get("beta"))
+            gates |= {"decay": decay, "beta": beta}
         return step(q, k, v, state=state, **gates)
     more: dict[str, Any] = {"initial_state": state, "cu_seqlens": cu_seqlens, "mask": mask, "check": False}
     out, state = scan(q, k, v, **more, **gates)
     if memory is not None:
         memory.set("state", state)
     return out
-
-
-def _hide(
-    mask: Tensor, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """Zeros where a row has no token: nothing is written, read or forgotten there."""
-    decay, beta = gates.get("decay"), gates.get("beta")
-    if decay is not None and decay.dim() == 1:
-        decay = decay[None, :, None].expand(len(mask), -1, 1)
-    empty = ~mask[:, None, :]
-    q, k, v = (x.masked_fill(empty[..., None], 0) for x in (q, k, v))
-    rest = {
-        name: x.masked_fill(empty if x.dim() == 3 else empty[..., None], 0)
-        for name, x in (("decay", decay), ("beta", beta))
-        if x is not None
-    }
-    return q, k, v, {**gates, **rest}

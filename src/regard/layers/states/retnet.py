@@ -4,10 +4,11 @@ from torch import Tensor, nn
 
 from regard.layers.blocks.heads import Output, join, linear, size, split
 from regard.layers.blocks.norms import RMSNorm, exact
-from regard.layers.blocks.positions import positions, rotate
+from regard.layers.blocks.positions import positions
 from regard.layers.blocks.recur import check, recur
 from regard.ops.states.retnet import decays
 from regard.primitives.memory import Memory
+from regard.primitives.rotary import rotate
 
 
 class Mixer(nn.Module):

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.layers.blocks.heads import Output, join, linear, size, split, whole_groups
-from regard.layers.blocks.positions import rotate
 from regard.ops.attention import attend
+from regard.primitives.rotary import rotate
 
 
 class Keys(Protocol):

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from regard.core.card import Card
-from regard.core.errors import RegardError
-from regard.core.errors import choose as one_of
+from regard.core.errors import RegardError, choose
+from regard.ops.elementwise import BACKENDS, recur
 from regard.ops.recurrence import check_bounds, check_packing, check_values
-from regard.primitives import elementwise
 from regard.primitives.gates import bounded_decay, lower_bounds
 
 __all__ = ["CARD", "gate", "lower_bounds", "scan"]
@@ -30,8 +29,6 @@ CARD = Card(
     ),
 )
 
-BACKENDS = ("auto", "stepwise", "chunked")
-
 
 def scan(
     x: Tensor,
@@ -52,16 +49,16 @@ def scan(
         cu_seqlens: integers `[N + 1]` from 0 to T, increasing: N sequences in one row (B = 1).
         mask: bool `[B, T]`, False at padding: it leaves the state alone, and its output is 0.
         check: whether the values of `decay` and `cu_seqlens` are looked at; None: on a CPU only.
-        backend: "auto", "stepwise" or "chunked".
+        backend: "auto", "stepwise", "chunked" or "triton", as `ops.elementwise.recur` takes it.
 
     Returns:
         h `[B, T, D]` in x's dtype and the last state, shaped as `initial_state`, float32 (float64 for float64).
 
     Raises:
-        RegardError: shapes or dtypes disagree, a log-decay is positive or NaN, or `cu_seqlens` does not cut the text.
+        RegardError: shapes or dtypes disagree, a log-decay is positive or NaN, `cu_seqlens` does not cut the text, or a
+            named backend refuses.
     """
-    one_of("backend", backend, BACKENDS)
-    recur = elementwise.stepwise if backend == "stepwise" else elementwise.recur
+    choose("backend", backend, BACKENDS)
     check_packing(x.shape[0], x.shape[1], cu_seqlens, mask)
     _check(x, decay, initial_state, cu_seqlens)
     if mask is not None:
@@ -73,12 +70,12 @@ def scan(
     decay = decay.to(exact)
     forget, inputs = decay.exp(), -torch.expm1(decay) * x
     if cu_seqlens is None:
-        h, last = recur(forget, inputs, initial=initial_state)
+        h, last = recur(forget, inputs, initial=initial_state, backend=backend)
     else:
         starts = cu_seqlens[:-1].long()
         if initial_state is not None:
             inputs = inputs.index_add(1, starts, (forget[0, starts] * initial_state)[None])
-        h, _ = recur(forget.index_fill(1, starts, 0), inputs)
+        h, _ = recur(forget.index_fill(1, starts, 0), inputs, backend=backend)
         last = h[0, cu_seqlens[1:].long() - 1]
     if mask is not None:
         h = h.masked_fill(~mask[..., None], 0)
