@@ -73,7 +73,8 @@ def kernels() -> set[str]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
                 made.add(node.name)
-                called |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
+                called |= {name.id for name in calls if isinstance(name, ast.Name)}
     return made - called
 
 

@@ -35,3 +35,20 @@ def elementwise() -> None:
             initial = None if reset else _empty(*shape[:2], shape[3], dtype=torch.float32).requires_grad_()
             h, last = recur(forget, inputs, initial=initial, reset=reset)
             torch.autograd.backward([h, last], [torch.empty_like(h), torch.empty_like(last)])
+
+
+def scan() -> None:
+    from regard.kernels.states.scan import scan
+
+    long, wide, half = (1, 2, 131072), (64, 16, 2048), torch.bfloat16  # a long text is cut into segments
+    # Every kernel with every kind of decay, size, and way to cut, but not in every combination: a minute is enough.
+    for (B, H, T), D, dtype, kind, delta in [(wide, 128, half, 4, True), (wide, 128, half, 0, False),
+                                             (wide, 256, half, 4, False), (wide, 64, torch.float32, 1, True),
+                                             (long, 128, half, 3, True), (long, 64, half, 3, False)]:  # fmt: skip
+        q, k, v = (_empty(B, T, H, D, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+        gates = {0: None, 1: (H,), 3: (B, H, T), 4: (B, H, T, D)}[kind]
+        decay = None if gates is None else _empty(*gates, dtype=torch.float32).requires_grad_()
+        beta = _empty(B, H, T, dtype=torch.float32).requires_grad_() if delta else None
+        state = _empty(B, H, D, D, dtype=torch.float32).requires_grad_()
+        out, last = scan(q, k, v, decay=decay, beta=beta, delta=delta, initial_state=state)
+        torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])

