@@ -67,8 +67,8 @@ def gates(
     SELF: `dout . u`, what token i makes of itself; it cancels in dg, so DQ and DK come without it (its rounding would
     stay) and leave with it. DKEY, DQUERY: what the delta rule adds to DK, as to a key and as to a query. CHANNELS:
     these are gradients of shares (see factor.py) and become those of q and k, unless the chunk is wide and was mended.
-    KNOWN `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of each
-    sequence on. DG (None: not wanted) by token and channel, or by block of channels and token.
+    KNOWN `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of
+    each sequence on. DG (None: not wanted) by token and channel, or by block of channels and token.
     """
     width: tl.constexpr = DIM // BLOCK
     head, sequence = tl.program_id(1), tl.program_id(2)

@@ -272,7 +272,7 @@ def sweep(
     Pointers that are None switch their part off. A, OUT: without them only the state is carried. STRICT: token i itself
     is left out; SELF `[B, heads, T]` receives a_i . b_i. WIDE: see factor.py; the products a . b of such a chunk lie in
     SCORES or are added later. TRIANGLE: c becomes what the delta rule writes with strength BETA; ERROR receives it over
-    beta; ENTRY: b with the decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before and after. TOTAL: all
+    beta; ENTRY: b with the decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before, after. TOTAL: all
     decay of the segment. ANCHORS, MEET: see `anchor`. Strides: (batch, head, token); of states, all four.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
