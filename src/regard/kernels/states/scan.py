@@ -505,7 +505,8 @@ def _decays(p, f, qk, g: Gradients, final) -> Tensor | None:
     strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
     gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
         q, g.q, k, g.k, g.alone, g.key, g.query, p.decay, ddecay, f.wide, g.known,
-        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g, strides, _three(g.alone), p.heads,
+        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
+        strides, _three(g.alone), p.heads,
         DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
         **p.settings, num_warps=4 if channels else 8, num_stages=1,
     )  # fmt: skip
