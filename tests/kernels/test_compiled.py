@@ -7,10 +7,11 @@ import compiled
 pytest.importorskip("triton")
 
 MOST_SPILLED = 32  # bytes a thread: a few words outside the inner loop cost nothing
-# What some kernels of the scan may spill instead, by name, DIM and EXACT (float32). `docs/log.md` has the measurements
-# of kernels cut otherwise; float32 is there to be right, and `join` runs once a segment.
+# What some kernels of the scan spill instead, by name, DIM and EXACT (float32). For 16 bits and D 128 they were timed and
+# the table of launches is the fastest found (docs/log.md); D 256 and float32 are there to be right, not tuned, and
+# `join` runs once a segment.
 ALLOWED = {
-    ("solve", 128, False): 360, ("gates", 128, False): 288, ("gates", 256, False): 88, ("back", 128, False): 48,
+    ("solve", 128, False): 360, ("gates", 128, False): 160, ("gates", 256, False): 256, ("back", 128, False): 48,
     ("sweep", 128, False): 104, ("sweep", 256, False): 264, ("mend", 256, None): 296,
     ("mend_gradients", 256, False): 112, ("sweep", 64, True): 360, ("back", 64, True): 280, ("join", 128, None): 600,
 }  # fmt: skip

@@ -301,7 +301,7 @@ def _check_state(q: Tensor, v: Tensor, state: Tensor | None, count: int) -> None
 def check_values(decay: Tensor | None, beta: Tensor | None, beta_max: float) -> None:
     """Raise RegardError unless log-decays are at most 0 and beta in `[0, beta_max]`; NaN is neither."""
     if decay is not None and decay.numel() and not bool((decay <= 0).all()):
-        raise RegardError(f"decay holds logarithms, at most 0 (1 is no decay); got {_worst(decay, -torch.inf, 0.0)}")
+        raise RegardError(f"decay holds logarithms, at most 0 (0 is no decay); got {_worst(decay, -torch.inf, 0.0)}")
     if beta is not None and beta.numel() and not bool(((beta >= 0) & (beta <= beta_max)).all()):
         raise RegardError(f"beta must lie in [0, {beta_max:g}]; got {_worst(beta, 0.0, beta_max)}")
 
