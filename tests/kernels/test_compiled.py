@@ -7,8 +7,8 @@ import compiled
 pytest.importorskip("triton")
 
 MOST_SPILLED = 32  # bytes a thread: a few words outside the inner loop cost nothing
-# What some kernels of the scan spill instead, by name, DIM and EXACT (float32). For 16 bits and D 128 they were timed and
-# the table of launches is the fastest found (docs/log.md); D 256 and float32 are there to be right, not tuned, and
+# What some kernels of the scan spill instead, by name, DIM and EXACT (float32). For 16 bits and D 128 they were timed
+# and the table of launches is the fastest found (docs/log.md); D 256 and float32 are there to be right, not tuned, and
 # `join` runs once a segment.
 ALLOWED = {
     ("solve", 128, False): 360, ("gates", 128, False): 160, ("gates", 256, False): 256, ("back", 128, False): 48,

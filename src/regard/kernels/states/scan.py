@@ -125,23 +125,20 @@ class Problem:
         self.strides_g = (0, 0, 0) if decay is None or decay.dim() == 1 else decay.stride()[:3]
         self.chunk = chunk = CHUNK
         self.settings = {"CHUNK": chunk, "GROUP_G": self.group_g, "EXACT": self.dtype == torch.float32}
-        # float16 overflows long before bfloat16 does.
         self.blocks = max(1, self.dim // 64)
+        # float16 overflows long before bfloat16 does.
         self.span = 16 if self.dtype == torch.float16 else 200
         # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
         self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         self.segments = cut(spans, chunk, self.heads * 2, self.device)
-        self.whole = cut(spans, chunk, 1 << 30, self.device)
+        self.whole = cut(spans, chunk, None, self.device)
         self.packed = len({row for row, _, _ in spans}) < len(spans)
         self.grid = (self.segments.longest, self.heads, self.segments.count)
 
     def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
         how = launch(dim, columns, self.dtype)
-        return {"num_warps": how.warps, "num_stages": how.stages}, (
-            columns // how.block,
-            how.block,
-        )
+        return {"num_warps": how.warps, "num_stages": how.stages}, (columns // how.block, how.block)
 
     def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
         """Memory for a state of every segment."""

@@ -35,15 +35,16 @@ class Segments:
 
 
 @functools.lru_cache(maxsize=64)
-def cut(spans: tuple[tuple[int, int, int], ...], chunk: int, programs: int, device: torch.device) -> Segments:
+def cut(spans: tuple[tuple[int, int, int], ...], chunk: int, programs: int | None, device: torch.device) -> Segments:
     """Segments of `spans` (batch row, start, end), each of which is worked on by `programs` programs.
 
-    Sequences are cut where they alone would leave multiprocessors idle, into pieces of at least 16 chunks.
+    Sequences are cut where they alone would leave multiprocessors idle, into pieces of at least 16 chunks; never where
+    `programs` is None.
     """
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     longest = max(end - start for _, start, end in spans)
     tokens = sum(end - start for _, start, end in spans)
-    pieces = WAVES * cores // (programs * len(spans))
+    pieces = WAVES * cores // (programs * len(spans)) if programs else 1
     unit = chunk * EVERY
     if pieces < 2:
         return Segments(spans, chunk, max(longest, 1), device)
