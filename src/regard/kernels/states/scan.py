@@ -458,10 +458,9 @@ def _delta(p, f, dout, scale, taught, states, anchors) -> Gradients:
     end = p.states(p.dim, p.columns) if last is None else None
     back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, written, dbeta))
     # The state behind `back` is that of dout less that of dv, over the scale.
-    of_dout, of_dv = (
-        (first, None) if matrix is None else (carried(p, f, f.left, dout, first, None, True, None)[0], None)
-    )
+    of_dout, of_dv = first, None
     if matrix is not None:
+        of_dout, _ = carried(p, f, f.left, dout, first, None, True, None)
         of_dv = (of_dout - ends) * scale
     dq, dk, dkey, dquery = (p.like(p.dim, dout) for _ in range(4))
     turned = {"turned": True, "begin": _turn(begins)}
