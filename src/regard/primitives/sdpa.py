@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
+CUDNN = 90501  # the first version whose backward takes gradients laid out otherwise than the output
 Part = tuple[Tensor, Tensor]
 
 
@@ -137,9 +138,9 @@ class _WithOwn(torch.autograd.Function):
         dscore[:, :, 1:] = weight * share
         if extra:
             # Kernels may give an lse longer than the rows.
-            whole = extra[1].clone()
+            whole = extra[1].clone().flatten(2)
             whole[..., : lse.shape[-1]] = lse
-            extra = (extra[0], whole, *extra[2:])
+            extra = (extra[0], whole.view_as(extra[1]), *extra[2:])
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         grads = _backward(rows, (q, k, v), out[:, :, 1:], lse, None, True, ctx.scale, extra)
         return (*grads, dscore, down, None)
@@ -199,10 +200,29 @@ def _forward(
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, square, attn_mask=added, scale=scale)
         return out, lse, ()
     if added is None and q.dtype != torch.float32:
+        if _cudnn(q, k):
+            call = (None, True, 0.0, square, False)
+            out, lse, *rest = aten._scaled_dot_product_cudnn_attention(q, k, v, *call, scale=scale)
+            return out, lse.reshape(q.shape[:3]), ("cudnn", lse, *rest[:6])
         out, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, square, False, scale=scale)
         return out, lse[..., : q.shape[2]], ("flash", lse, *rest[:6])
     out, lse, *rest = aten._scaled_dot_product_efficient_attention(q, k, v, added, True, 0.0, square, scale=scale)
     return out, lse[..., : q.shape[2]], ("efficient", lse, *rest)
+
+
+def _cudnn(q: Tensor, k: Tensor) -> bool:
+    """Whether cuDNN's kernel is the faster one for this call without a mask, and takes it."""
+    if q.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    if q.shape[3] > 128 or k.shape[2] == 1 or torch.cuda.get_device_capability(q.device)[0] < 9:
+        return False
+    return (torch.backends.cudnn.version() or 0) >= CUDNN
+
+
+def _laid_as(q: Tensor, x: Tensor) -> Tensor:
+    """`x` with the strides that cuDNN gave its output: plans of torch 2.11 are kept by those of q, k, v alone."""
+    wanted = torch.empty_like(q, device="meta").stride()
+    return x if x.stride() == wanted else torch.empty_like(q).copy_(x)
 
 
 def _backward(
@@ -221,6 +241,12 @@ def _backward(
             dout, q, k, v, out, lse, 0.0, square, attn_mask=added, scale=scale
         )
     kernel, lse, *rest = extra
+    if kernel == "cudnn":
+        cum_q, cum_k, max_q, max_k, seed, offset = rest
+        dout, out = _laid_as(q, dout), _laid_as(q, out)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, square, scale=scale
+        )
     if kernel == "flash":
         cum_q, cum_k, max_q, max_k, seed, offset = rest
         return aten._scaled_dot_product_flash_attention_backward(
