@@ -16,6 +16,8 @@ from torch.autograd.function import once_differentiable
 aten = torch.ops.aten
 CUDNN = 90501  # the first version whose backward takes gradients laid out otherwise than the output
 Part = tuple[Tensor, Tensor]
+Extra = tuple[Any, ...]
+_TENSOR = object()  # stands where a tensor was; None is an answer of some kernels
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, softcap: float | None = None) -> str | None:
@@ -112,12 +114,11 @@ class _WithOwn(torch.autograd.Function):
         out[:, :, :1] = own[:, :, :1]
         lse, extra = score[:, :, 1:], ()
         if q.shape[2]:
-            before, lse, extra = _forward(q, k, v, None, True, scale)
+            before, lse, extra = causal(q, k, v, scale=scale)
             lse = torch.logaddexp(lse, score[:, :, 1:])
             weight = torch.exp(score[:, :, 1:] - lse)[..., None].to(own.dtype)
             torch.lerp(before, own[:, :, 1:], weight, out=out[:, :, 1:])
-        tensors = [x for x in extra if isinstance(x, Tensor)]
-        ctx.extra = tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+        tensors, ctx.extra = apart(extra)
         ctx.save_for_backward(q, k, v, score, own, out, lse, *tensors)
         ctx.scale = scale
         return out
@@ -126,8 +127,6 @@ class _WithOwn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, score, own, out, lse, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        extra = tuple(next(left) if x is _TENSOR else x for x in ctx.extra)
         rows = dout[:, :, 1:]
         down, dscore = dout.clone(), torch.zeros_like(score)
         if not q.shape[2]:
@@ -136,14 +135,52 @@ class _WithOwn(torch.autograd.Function):
         down[:, :, 1:].mul_(weight[..., None].to(down.dtype))
         share = ((own - out)[:, :, 1:] * rows).sum(-1, dtype=score.dtype)
         dscore[:, :, 1:] = weight * share
-        if extra:
-            # Kernels may give an lse longer than the rows.
-            whole = extra[1].clone().flatten(2)
-            whole[..., : lse.shape[-1]] = lse
-            extra = (extra[0], whole.view_as(extra[1]), *extra[2:])
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        grads = _backward(rows, (q, k, v), out[:, :, 1:], lse, None, True, ctx.scale, extra)
+        extra = together(tensors, ctx.extra)
+        grads = causal_gradients(rows, (q, k, v), out[:, :, 1:], lse, scale=ctx.scale, extra=extra)
         return (*grads, dscore, down, None)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor, Extra]:
+    """Row t over keys `j <= t`, for a caller that differentiates on its own; for calls that `own_refuses` takes.
+
+    Args:
+        q: `[B, H, T, D]`, T above 0.
+        k: `[B, Hk, T, D]`.
+        v: `[B, Hk, T, D]`.
+        scale: of the scores.
+
+    Returns:
+        out `[B, H, T, D]`, lse `[B, H, T]`, and what `causal_gradients` wants besides.
+    """
+    return _forward(q, k, v, None, True, scale)
+
+
+def causal_gradients(
+    dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, *, scale: float, extra: Extra
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v of `causal`, whose part of the output may be smaller than the whole.
+
+    `out` and `lse [B, H, T]` are of all that a row reads, here and elsewhere: with what the kernel found by itself they
+    give the gradients of its own output; with those of a join that they went into, of their share of the join.
+    """
+    if extra:
+        # Kernels may give an lse longer than the rows, or with one more axis.
+        whole = extra[1].clone().flatten(2)
+        whole[..., : lse.shape[-1]] = lse
+        extra = (extra[0], whole.view_as(extra[1]), *extra[2:])
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    return _backward(dout, qkv, out, lse, None, True, scale, extra)
+
+
+def apart(extra: Extra) -> tuple[list[Tensor], Extra]:
+    """The tensors of `extra`, and the rest with marks in their places: autograd saves tensors apart."""
+    return [x for x in extra if isinstance(x, Tensor)], tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+
+
+def together(tensors: list[Tensor], extra: Extra) -> Extra:
+    """`apart` undone."""
+    left = iter(tensors)
+    return tuple(next(left) if x is _TENSOR else x for x in extra)
 
 
 def _additive(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -194,7 +231,7 @@ def _blank(out: Tensor, lse: Tensor, empty: Tensor | None) -> Part:
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, square: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
+) -> tuple[Tensor, Tensor, Extra]:
     """`(out, lse [B, H, T], what the kernel's backward wants besides)`."""
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, square, attn_mask=added, scale=scale)
@@ -233,7 +270,7 @@ def _backward(
     added: Tensor | None,
     square: bool,
     scale: float,
-    extra: tuple[Any, ...],
+    extra: Extra,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv
     if not extra:
@@ -262,10 +299,6 @@ def _backward(
     )[:3]
 
 
-# Stands where a tensor was: autograd saves those apart, and None is an answer of some kernels.
-_TENSOR = object()
-
-
 class _Fused(torch.autograd.Function):
     """The kernels with gradients of both results."""
 
@@ -273,8 +306,7 @@ class _Fused(torch.autograd.Function):
     def forward(ctx: Any, q, k, v, added, empty, square, scale):
         out, lse, extra = _forward(q, k, v, added, square, scale)
         ctx.set_materialize_grads(False)
-        tensors = [x for x in extra if isinstance(x, Tensor)]
-        ctx.extra = tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+        tensors, ctx.extra = apart(extra)
         ctx.save_for_backward(q, k, v, added, empty, out, lse, *tensors)
         ctx.square, ctx.scale = square, scale
         return _blank(out, lse, empty)
@@ -283,8 +315,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout, dlse):
         q, k, v, added, empty, out, lse, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        extra = tuple(next(left) if x is _TENSOR else x for x in ctx.extra)
+        extra = together(tensors, ctx.extra)
         dout = torch.zeros_like(out) if dout is None else dout
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if empty is not None:
