@@ -46,26 +46,24 @@ def check(T, *, B=1, heads=2, groups=1, D=8, chunk=4, base=10000.0, dtype=EXACT)
         assert error <= ERRORS[dtype], f"{name} errs by {error:.1e}"
 
 
-@pytest.mark.parametrize("T", [1, 4, 5, 13])
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize(("T", "chunk"), [(1, 4), (4, 4), (5, 4), (9, 4), (3, 1)])
 def test_lengths(T, chunk):
     check(T, chunk=chunk)
 
 
-@pytest.mark.parametrize(("heads", "groups"), [(1, 1), (4, 2), (3, 1), (3, 3)])
-def test_heads_and_groups(heads, groups):
-    check(9, B=2, heads=heads, groups=groups)
+@pytest.mark.parametrize(("B", "heads", "groups"), [(2, 1, 1), (1, 4, 2), (1, 3, 1)])
+def test_rows_heads_and_groups(B, heads, groups):
+    check(5, B=B, heads=heads, groups=groups, chunk=3)
 
 
-@pytest.mark.parametrize("D", [16, 24])
 @pytest.mark.parametrize("base", [None, 50.0])
-def test_sizes_and_positions(D, base):
-    check(9, D=D, base=base)
+def test_sizes_and_positions(base):
+    check(5, D=24, base=base, chunk=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(dtype):
-    check(21, dtype=dtype)
+    check(10, dtype=dtype)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="what the interpreter would take too long for")
