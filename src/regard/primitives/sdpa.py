@@ -1,7 +1,8 @@
 """Torch's fused attention kernels, with the lse that `scaled_dot_product_attention` throws away.
 
-`_scaled_dot_product_flash_attention_for_cpu` on CPU; on CUDA flash attention where nothing is masked, else
-the memory-efficient kernel, which takes a mask but no grouped heads. None of them differentiates the lse.
+`_scaled_dot_product_flash_attention_for_cpu` on CPU; on CUDA, where nothing is masked, cuDNN's kernel (`_cudnn` says
+when) or flash attention, else the memory-efficient one, which takes a mask but no grouped heads. None of them
+differentiates the lse.
 What the lse adds to the score gradient of a row is `P dlse`, so the kernels' own backward computes it when
 its `rowsum(dout * out)` is lowered by `dlse`: it is called with `out - dlse / |dout|^2 dout` in place of out.
 Rows whose `dout` vanishes take a second pass with the keys as values (`_lse_gradients`).
@@ -14,7 +15,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
-CUDNN = 90501  # the first version whose backward takes gradients laid out otherwise than the output
+CUDNN = 90501  # the first version of its backward that reads gradients laid out otherwise than the output
+# cuDNN builds a plan for every new shape, 0.05 s each way (0.7 s for the first of its kind), and saves half the time of
+# large calls. Training repeats its shapes, so what counts is where it becomes faster; a prompt may be the only one of
+# its length, so that the layers of a model must earn the plan back in one pass.
+LEAST_TRAINED = 2**29  # multiply-adds of a product, as B1 H32 T512 D128
+LEAST_ONCE = 2**38  # B1 H32 T11,600 D128, where a layer saves 2 ms
+ROWS = 128  # of a tile: for fewer queries flash attention splits the keys
 Part = tuple[Tensor, Tensor]
 Extra = tuple[Any, ...]
 _TENSOR = object()  # stands where a tensor was; None is an answer of some kernels
@@ -71,9 +78,9 @@ def fused(
     if q.device.type == "cuda" and (added is not None or q.dtype == torch.float32) and q.shape[1] != k.shape[1]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _trained(q, k, v):
         return _Fused.apply(q, k, v, added, empty, square, scale)  # type: ignore[return-value]
-    out, lse, _ = _forward(q, k, v, added, square, scale)
+    out, lse, _ = _forward(q, k, v, added, square, scale, False)
     return _blank(out, lse, empty)
 
 
@@ -95,7 +102,9 @@ def with_own(q: Tensor, k: Tensor, v: Tensor, score: Tensor, own: Tensor, *, sca
         `[B, H, T, D]`, differentiable once, laid out as `own` is.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _WithOwn.apply(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], score, own, scale)  # type: ignore[return-value]
+    trained = _trained(q, k, v, score, own)
+    call = (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], score, own, scale, trained)
+    return _WithOwn.apply(*call)  # type: ignore[return-value]
 
 
 def own_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -109,12 +118,12 @@ class _WithOwn(torch.autograd.Function):
     """`with_own` where the kernel's keys are shifted already."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, score, own, scale):
+    def forward(ctx: Any, q, k, v, score, own, scale, trained):
         out = torch.empty_like(own)
         out[:, :, :1] = own[:, :, :1]
         lse, extra = score[:, :, 1:], ()
         if q.shape[2]:
-            before, lse, extra = causal(q, k, v, scale=scale)
+            before, lse, extra = causal(q, k, v, scale=scale, trained=trained)
             lse = torch.logaddexp(lse, score[:, :, 1:])
             weight = torch.exp(score[:, :, 1:] - lse)[..., None].to(own.dtype)
             torch.lerp(before, own[:, :, 1:], weight, out=out[:, :, 1:])
@@ -130,17 +139,17 @@ class _WithOwn(torch.autograd.Function):
         rows = dout[:, :, 1:]
         down, dscore = dout.clone(), torch.zeros_like(score)
         if not q.shape[2]:
-            return (*(torch.zeros_like(x) for x in (q, k, v)), dscore, down, None)
+            return (*(torch.zeros_like(x) for x in (q, k, v)), dscore, down, None, None)
         weight = torch.exp(score[:, :, 1:] - lse)
         down[:, :, 1:].mul_(weight[..., None].to(down.dtype))
         share = ((own - out)[:, :, 1:] * rows).sum(-1, dtype=score.dtype)
         dscore[:, :, 1:] = weight * share
         extra = together(tensors, ctx.extra)
         grads = causal_gradients(rows, (q, k, v), out[:, :, 1:], lse, scale=ctx.scale, extra=extra)
-        return (*grads, dscore, down, None)
+        return (*grads, dscore, down, None, None)
 
 
-def causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor, Extra]:
+def causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float, trained: bool) -> tuple[Tensor, Tensor, Extra]:
     """Row t over keys `j <= t`, for a caller that differentiates on its own; for calls that `own_refuses` takes.
 
     Args:
@@ -148,11 +157,12 @@ def causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Te
         k: `[B, Hk, T, D]`.
         v: `[B, Hk, T, D]`.
         scale: of the scores.
+        trained: whether `causal_gradients` will be called.
 
     Returns:
         out `[B, H, T, D]`, lse `[B, H, T]`, and what `causal_gradients` wants besides.
     """
-    return _forward(q, k, v, None, True, scale)
+    return _forward(q, k, v, None, True, scale, trained)
 
 
 def causal_gradients(
@@ -181,6 +191,11 @@ def together(tensors: list[Tensor], extra: Extra) -> Extra:
     """`apart` undone."""
     left = iter(tensors)
     return tuple(next(left) if x is _TENSOR else x for x in extra)
+
+
+def _trained(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _additive(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -230,14 +245,14 @@ def _blank(out: Tensor, lse: Tensor, empty: Tensor | None) -> Part:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, square: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, square: bool, scale: float, trained: bool
 ) -> tuple[Tensor, Tensor, Extra]:
-    """`(out, lse [B, H, T], what the kernel's backward wants besides)`."""
+    """`(out, lse [B, H, T], what the kernel's backward wants besides)`; `trained`: that backward will come."""
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, square, attn_mask=added, scale=scale)
         return out, lse, ()
     if added is None and q.dtype != torch.float32:
-        if _cudnn(q, k):
+        if _cudnn(q, k, square, trained):
             call = (None, True, 0.0, square, False)
             out, lse, *rest = aten._scaled_dot_product_cudnn_attention(q, k, v, *call, scale=scale)
             return out, lse.reshape(q.shape[:3]), ("cudnn", lse, *rest[:6])
@@ -247,17 +262,26 @@ def _forward(
     return out, lse[..., : q.shape[2]], ("efficient", lse, *rest)
 
 
-def _cudnn(q: Tensor, k: Tensor) -> bool:
-    """Whether cuDNN's kernel is the faster one for this call without a mask, and takes it."""
+def _cudnn(q: Tensor, k: Tensor, square: bool, trained: bool) -> bool:
+    """Whether cuDNN's kernel takes this call without a mask, and is worth its plan."""
+    B, H, T, D = q.shape
+    work = B * H * T * k.shape[2] * D // (1 + square)
+    if T < ROWS or k.shape[2] < 2 or work < (LEAST_TRAINED if trained else LEAST_ONCE):
+        return False
+    if D > 128 or max(B, H) > 65535 or torch.are_deterministic_algorithms_enabled():
+        return False
+    # What torch asks before it prefers cuDNN itself.
     if q.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
         return False
-    if q.shape[3] > 128 or k.shape[2] == 1 or torch.cuda.get_device_capability(q.device)[0] < 9:
-        return False
-    return (torch.backends.cudnn.version() or 0) >= CUDNN
+    capable = torch.cuda.get_device_capability(q.device) in ((9, 0), (10, 0))
+    return capable and (torch.backends.cudnn.version() or 0) >= CUDNN
 
 
 def _laid_as(q: Tensor, x: Tensor) -> Tensor:
-    """`x` with the strides that cuDNN gave its output: plans of torch 2.11 are kept by those of q, k, v alone."""
+    """`x` laid out as cuDNN's output is for this q.
+
+    Up to 2.11 torch finds a plan by the layouts of q, k, v alone: with another x a later call would read it wrongly.
+    """
     wanted = torch.empty_like(q, device="meta").stride()
     return x if x.stride() == wanted else torch.empty_like(q).copy_(x)
 
@@ -304,7 +328,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q, k, v, added, empty, square, scale):
-        out, lse, extra = _forward(q, k, v, added, square, scale)
+        out, lse, extra = _forward(q, k, v, added, square, scale, True)
         ctx.set_materialize_grads(False)
         tensors, ctx.extra = apart(extra)
         ctx.save_for_backward(q, k, v, added, empty, out, lse, *tensors)
@@ -346,7 +370,7 @@ def _fold(out: Tensor, dout: Tensor, dlse: Tensor) -> Part:
 
 def _lse_gradients(q: Tensor, k: Tensor, dlse: Tensor, added: Tensor | None, square: bool, scale: float) -> Part:
     """`dlse` through the lse alone: `dq = dlse * scale * P k`, `dk = scale * P^T (dlse * q)`, both fused."""
-    mean, lse, extra = _forward(q, k, k, added, square, scale)
+    mean, lse, extra = _forward(q, k, k, added, square, scale, True)
     weight = (dlse * scale)[..., None]
     through = (weight * q).to(q.dtype)
     _, _, dk = _backward(through, (q, k, k), mean, lse, added, square, scale, extra)

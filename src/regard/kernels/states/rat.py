@@ -20,10 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from regard.kernels import device
 from regard.primitives import sdpa
-from regard.primitives.rotary import rotate, turns
+from regard.primitives.rotary import turns
 
 AHEAD = 3  # tokens whose loads are in flight
-NARROW = 256  # numbers of a warp
+LANES = 256  # numbers that a warp holds of every tensor
 
 
 class Sizes(NamedTuple):
@@ -47,13 +47,19 @@ class Sizes(NamedTuple):
         return self.chunks - 1
 
     def constants(self) -> dict[str, int]:
-        """Of a launch."""
+        """Of a launch whose programs hold all channels of their heads."""
         ranks, wide = (1 << (n - 1).bit_length() for n in (self.H // self.G, self.D))
-        warps = min(max(ranks * wide // NARROW, 1), 8)
-        return {
-            "HEADS": self.H, "GROUPS": self.G, "DIM": self.D, "RANKS": ranks, "WIDE": wide, "AHEAD": AHEAD,
-            "num_warps": warps,
-        }  # fmt: skip
+        return self._sized(ranks, wide)
+
+    def sliced(self) -> dict[str, int]:
+        """Of a launch whose programs hold as many channels as one warp can."""
+        ranks, wide = (1 << (n - 1).bit_length() for n in (self.H // self.G, self.D))
+        return self._sized(ranks, min(wide, max(LANES // ranks, 16)))
+
+    def _sized(self, ranks: int, wide: int) -> dict[str, int]:
+        warps = min(max(ranks * wide // LANES, 1), 8)
+        sizes = {"HEADS": self.H, "GROUPS": self.G, "DIM": self.D, "RANKS": ranks, "WIDE": wide}
+        return sizes | {"AHEAD": AHEAD, "num_warps": warps}
 
 
 def refuses(joined: Tensor, *, heads: int, groups: int) -> str | None:
@@ -101,16 +107,14 @@ class _Mix(torch.autograd.Function):
         cos, sin = _positions(size, base, joined)
         keys, values, q, ends, scores = _summarize(joined, bias, cos, sin, size)
         k, v = (x[:, None] for x in ends)
-        if base is not None:
-            k = rotate(k, _numbers(size, joined), base)
         if size.past:
-            mean, lse, extra = sdpa.causal(q, k, v, scale=size.D**-0.5)
+            mean, lse, extra = sdpa.causal(q, k, v, scale=size.D**-0.5, trained=any(ctx.needs_input_grad))
         else:
             mean, lse, extra = torch.empty_like(q), torch.empty_like(scores), ()
         out, lse = _finish(joined, values, mean, lse, scores, size)
         tensors, ctx.extra = sdpa.apart(extra)
         ctx.save_for_backward(joined, bias, cos, sin, keys, values, q, k, v, scores, mean, lse, *tensors)
-        ctx.size, ctx.base = size, base
+        ctx.size = size
         return out
 
     @staticmethod
@@ -124,16 +128,9 @@ class _Mix(torch.autograd.Function):
         if size.past:
             extra = sdpa.together(tensors, ctx.extra)
             dq, dk, dv = sdpa.causal_gradients(dout, (q, k, v), mean, lse, scale=size.D**-0.5, extra=extra)
-        if ctx.base is not None:
-            dk = rotate(dk, -_numbers(size, joined), ctx.base)
         parts = (dq, dk.contiguous(), dv.contiguous(), dout, first, dscores)
         dbias = _summarize_gradients(joined, bias, cos, sin, keys, values, scores, lse, parts, given, size)
         return given, dbias.to(bias.dtype), None, None, None, None
-
-
-def _numbers(size: Sizes, like: Tensor) -> Tensor:
-    """Of the chunk ends that are read, `[1, past]`."""
-    return torch.arange(size.past, device=like.device)[None]
 
 
 def _positions(size: Sizes, base: float | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -214,9 +211,11 @@ def _summarize_gradients(
     B, T, H, G, D, C = size
     # One row a chunk, summed by torch in an order that does not change.
     dbias = joined.new_empty(B * size.chunks, H * D, dtype=torch.float32)
-    summarize_gradients[(size.chunks * G, B)](
-        joined, bias, cos, sin, keys, values, scores, lse, *parts, given, dbias, T, size.past, C, D**-0.5,
-        parts[0].stride(), **size.constants(),
+    constants = size.sliced()
+    slices = -(-D // constants["WIDE"])
+    summarize_gradients[(size.chunks * G * slices, B)](
+        joined, bias, cos, sin, keys, values, scores, lse, *parts, given, dbias, T, size.past, C, D**-0.5, slices,
+        parts[0].stride(), **constants,
     )  # fmt: skip
     return dbias.sum(0)
 
@@ -229,7 +228,8 @@ def summarize(
 ):  # fmt: skip
     """Summaries, ends, queries and own scores of one chunk, for the heads of one group."""
     chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
-    heads, column, d, here = _heads(group, HEADS, GROUPS, DIM, RANKS, WIDE)
+    d = tl.arange(0, WIDE)
+    heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     near, across = d < DIM, (d + DIM // 2) % DIM
     shift = _read(bias + column, here)
     if cos is not None:
@@ -258,6 +258,9 @@ def summarize(
             query = query * even + _read(shared + across, near & live) * odd
         to = queries + ((place * past + chunk - 1) * C + at)[:, None] * DIM + d[None, :]
         tl.store(to, tl.broadcast_to(query[None, :], (RANKS, WIDE)).to(queries.dtype.element_ty), here & (chunk > 0))
+    if cos is not None:
+        swapped = tl.gather(key, tl.broadcast_to(across[None, :], (RANKS, WIDE)), 1)
+        key = key * even[None, :] + swapped * odd[None, :]
     to = (place * past + chunk)[:, None] * DIM + d[None, :]
     tl.store(key_ends + to, key.to(key_ends.dtype.element_ty), mask=here & (chunk < past))
     tl.store(value_ends + to, value.to(value_ends.dtype.element_ty), mask=here & (chunk < past))
@@ -271,7 +274,8 @@ def finish(
 ):  # fmt: skip
     """The attention of one chunk's tokens joined with their own summaries, and gated."""
     chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
-    heads, column, d, here = _heads(group, HEADS, GROUPS, DIM, RANKS, WIDE)
+    d = tl.arange(0, WIDE)
+    heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
     for at in tl.range(0, C, num_stages=AHEAD):
@@ -301,7 +305,8 @@ def finish_gradients(
 ):  # fmt: skip
     """What `finish` makes of a gradient; `mean` and `lse` are the joined ones."""
     chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
-    heads, column, d, here = _heads(group, HEADS, GROUPS, DIM, RANKS, WIDE)
+    d = tl.arange(0, WIDE)
+    heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
     for at in tl.range(0, C, num_stages=AHEAD):
@@ -329,13 +334,18 @@ def finish_gradients(
 @triton.jit(do_not_specialize=["T", "past", "C"])
 def summarize_gradients(
     joined, bias, cos, sin, keys, values, scores, lse, dqueries, dkey_ends, dvalue_ends, dout, first, dscores,
-    given, dbias, T, past, C, scale, strides,
+    given, dbias, T, past, C, scale, slices, strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
     AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """What `summarize` makes of its gradients: the tokens of a chunk are walked from the last to the first."""
-    chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
-    heads, column, d, here = _heads(group, HEADS, GROUPS, DIM, RANKS, WIDE)
+    """What `summarize` makes of its gradients: the tokens of a chunk are walked from the last to the first.
+
+    Nothing is summed over channels here, so a program is one warp with some of them: it waits for no other.
+    """
+    program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    chunk, group = program // slices // GROUPS, program // slices % GROUPS
+    d = program % slices * WIDE + tl.arange(0, WIDE)
+    heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     near, across = d < DIM, (d + DIM // 2) % DIM
     shift = _read(bias + column, here)
     if cos is not None:
@@ -344,8 +354,10 @@ def summarize_gradients(
         odd = tl.where(d < DIM // 2, odd, -odd)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
-    to = (place * past + chunk)[:, None] * DIM + d[None, :]
-    dkey, dvalue = _read(dkey_ends + to, here & (chunk < past)), _read(dvalue_ends + to, here & (chunk < past))
+    ends, kept = (place * past + chunk)[:, None] * DIM, here & (chunk < past)
+    dkey, dvalue = _read(dkey_ends + ends + d[None, :], kept), _read(dvalue_ends + ends + d[None, :], kept)
+    if cos is not None:
+        dkey = dkey * even[None, :] + _read(dkey_ends + ends + across[None, :], kept) * odd[None, :]
     dshift = tl.zeros((RANKS, WIDE), tl.float32)
     for walked in tl.range(0, C, num_stages=AHEAD):
         at = C - 1 - walked
@@ -392,12 +404,10 @@ def summarize_gradients(
 
 
 @triton.jit
-def _heads(
-    group, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """The heads of a group, their columns in a row of all heads, one head's channels, and which of them there are."""
-    heads, d = tl.arange(0, RANKS) * GROUPS + group, tl.arange(0, WIDE)
-    return heads, heads[:, None] * DIM + d[None, :], d, (heads < HEADS)[:, None] & (d < DIM)[None, :]
+def _heads(group, d, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr):
+    """The heads of a group, the columns of their channels d in a row of all heads, and which of these there are."""
+    heads = tl.arange(0, RANKS) * GROUPS + group
+    return heads, heads[:, None] * DIM + d[None, :], (heads < HEADS)[:, None] & (d < DIM)[None, :]
 
 
 @triton.jit
