@@ -70,6 +70,8 @@ def refuses(joined: Tensor, *, heads: int, groups: int) -> str | None:
         return f"the RAT kernels take bfloat16 and float16, got {joined.dtype}"
     if 0 in joined.shape:
         return f"there are no tokens in {list(joined.shape)}"
+    if joined.shape[0] > 65535:
+        return f"a launch has at most 65,535 rows, got {joined.shape[0]}"
     head = joined[:, :1, None, : _dim(joined, heads, groups)]
     return sdpa.own_refuses(head, head, head)
 
@@ -232,10 +234,7 @@ def summarize(
     heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     near, across = d < DIM, (d + DIM // 2) % DIM
     shift = _read(bias + column, here)
-    if cos is not None:
-        even = _read(cos + chunk * (DIM // 2) + d % (DIM // 2), near)
-        odd = _read(sin + chunk * (DIM // 2) + d % (DIM // 2), near)
-        odd = tl.where(d < DIM // 2, -odd, odd)
+    even, odd = _angles(cos, sin, chunk, d, DIM)
     key, value = tl.zeros((RANKS, WIDE), tl.float32), tl.zeros((RANKS, WIDE), tl.float32)
     place = row * HEADS + heads
     for at in tl.range(0, C, num_stages=AHEAD):
@@ -346,19 +345,15 @@ def summarize_gradients(
     chunk, group = program // slices // GROUPS, program // slices % GROUPS
     d = program % slices * WIDE + tl.arange(0, WIDE)
     heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
-    near, across = d < DIM, (d + DIM // 2) % DIM
+    near = d < DIM
     shift = _read(bias + column, here)
-    if cos is not None:
-        even = _read(cos + chunk * (DIM // 2) + d % (DIM // 2), near)
-        odd = _read(sin + chunk * (DIM // 2) + d % (DIM // 2), near)
-        odd = tl.where(d < DIM // 2, odd, -odd)
+    even, odd = _angles(cos, sin, chunk, d, DIM)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
     ends, kept = (place * past + chunk)[:, None] * DIM, here & (chunk < past)
-    dkey, dvalue = _read(dkey_ends + ends + d[None, :], kept), _read(dvalue_ends + ends + d[None, :], kept)
-    if cos is not None:
-        dkey = dkey * even[None, :] + _read(dkey_ends + ends + across[None, :], kept) * odd[None, :]
-    dshift = tl.zeros((RANKS, WIDE), tl.float32)
+    dkey = _turned_back(dkey_ends + ends, d, even, odd, kept, DIM, cos is not None)
+    dvalue = _read(dvalue_ends + ends + d[None, :], kept)
+    dshift, dtype = tl.zeros((RANKS, WIDE), tl.float32), given.dtype.element_ty
     for walked in tl.range(0, C, num_stages=AHEAD):
         at = C - 1 - walked
         t = chunk * C + at
@@ -367,8 +362,8 @@ def summarize_gradients(
         wide = token * (3 * HEADS + 2 * GROUPS) * DIM
         shared = wide + (3 * HEADS + group) * DIM
         scored = (place * C + at) * past + chunk - 1
-        score, dscore = _read(scores + scored, reads), _read(dscores + scored, reads) * scale
-        weight = tl.exp(score - _read(lse + scored, reads))
+        dscore = _read(dscores + scored, reads) * scale
+        weight = tl.exp(_read(scores + scored, reads) - _read(lse + scored, reads))
         from_ends = ((place * past + chunk - 1) * C + at)[:, None] * DIM + d[None, :]
         alone = (place * C + at)[:, None] * DIM + d[None, :]
         change = _read(dout + from_ends, read) + _read(first + alone, here & (chunk == 0))
@@ -385,22 +380,17 @@ def summarize_gradients(
         dgate = dkey * (key_before - new_key[None, :]) + dvalue * (value_before - new_value)
         dgate *= gate * (1 - gate)
         dshift += dgate
-        dtype = given.dtype.element_ty
         tl.store(given + wide + 2 * HEADS * DIM + column, dgate.to(dtype), mask=here & live)
         tl.store(given + wide + HEADS * DIM + column, ((1 - gate) * dvalue).to(dtype), mask=here & live)
         dnew = tl.sum((1 - gate) * dkey, 0)
         tl.store(given + shared + GROUPS * DIM + d, dnew.to(dtype), mask=near & live)
-        at_queries = (place * strides[0] + at * strides[1] + (chunk - 1) * strides[2])[:, None]
-        dquery = _read(dqueries + at_queries + d[None, :], read & live)
-        if cos is not None:
-            swapped = _read(dqueries + at_queries + across[None, :], read & live)
-            dquery = dquery * even[None, :] + swapped * odd[None, :]
+        at_queries = dqueries + (place * strides[0] + at * strides[1] + (chunk - 1) * strides[2])[:, None]
+        dquery = _turned_back(at_queries, d, even, odd, read & live, DIM, cos is not None)
         dquery = tl.sum(dquery + dscore[:, None] * key, 0)
         tl.store(given + shared + d, dquery.to(dtype), mask=near & live)
         dkey *= gate
         dvalue *= gate
-    to = (row * (past + 1) + chunk) * HEADS * DIM + column
-    tl.store(dbias + to, dshift, mask=here)
+    tl.store(dbias + (row * (past + 1) + chunk) * HEADS * DIM + column, dshift, mask=here)
 
 
 @triton.jit
@@ -408,6 +398,26 @@ def _heads(group, d, HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexp
     """The heads of a group, the columns of their channels d in a row of all heads, and which of these there are."""
     heads = tl.arange(0, RANKS) * GROUPS + group
     return heads, heads[:, None] * DIM + d[None, :], (heads < HEADS)[:, None] & (d < DIM)[None, :]
+
+
+@triton.jit
+def _angles(cos, sin, chunk, d, DIM: tl.constexpr):
+    """By a chunk's positions a channel becomes `even` of itself and `odd` of the one half a head away."""
+    even, odd = d * 0.0 + 1.0, d * 0.0
+    if cos is not None:
+        at = chunk * (DIM // 2) + d % (DIM // 2)
+        even, odd = _read(cos + at, d < DIM), _read(sin + at, d < DIM)
+        odd = tl.where(d < DIM // 2, -odd, odd)
+    return even, odd
+
+
+@triton.jit
+def _turned_back(rows, d, even, odd, mask, DIM: tl.constexpr, TURNED: tl.constexpr):
+    """Channels d of `rows [n, 1]`, which were turned by positions, without them."""
+    x = _read(rows + d[None, :], mask)
+    if TURNED:
+        x = x * even[None, :] - _read(rows + ((d + DIM // 2) % DIM)[None, :], mask) * odd[None, :]
+    return x
 
 
 @triton.jit
