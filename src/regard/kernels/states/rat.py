@@ -345,15 +345,14 @@ def summarize_gradients(
     chunk, group = program // slices // GROUPS, program // slices % GROUPS
     d = program % slices * WIDE + tl.arange(0, WIDE)
     heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
-    near = d < DIM
-    shift = _read(bias + column, here)
+    near, shift = d < DIM, _read(bias + column, here)
     even, odd = _angles(cos, sin, chunk, d, DIM)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
     ends, kept = (place * past + chunk)[:, None] * DIM, here & (chunk < past)
     dkey = _turned_back(dkey_ends + ends, d, even, odd, kept, DIM, cos is not None)
     dvalue = _read(dvalue_ends + ends + d[None, :], kept)
-    dshift, dtype = tl.zeros((RANKS, WIDE), tl.float32), given.dtype.element_ty
+    dshift = tl.zeros((RANKS, WIDE), tl.float32)
     for walked in tl.range(0, C, num_stages=AHEAD):
         at = C - 1 - walked
         t = chunk * C + at
@@ -377,6 +376,7 @@ def summarize_gradients(
         value_before = _read(values + summary - HEADS * DIM, here & live & (at > 0))
         dkey += dscore[:, None] * query[None, :]
         dvalue += weight[:, None] * change
+        dtype = given.dtype.element_ty
         dgate = dkey * (key_before - new_key[None, :]) + dvalue * (value_before - new_value)
         dgate *= gate * (1 - gate)
         dshift += dgate
