@@ -52,3 +52,15 @@ def scan() -> None:
         state = _empty(B, H, D, D, dtype=torch.float32).requires_grad_()
         out, last = scan(q, k, v, decay=decay, beta=beta, delta=delta, initial_state=state)
         torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
+
+
+def rat() -> None:
+    from regard.kernels.states.rat import mix
+
+    half = torch.bfloat16
+    for H, G, D, dtype, base in [(16, 2, 128, half, 10000.0), (16, 2, 128, torch.float16, None),
+                                 (32, 1, 64, half, 10000.0), (3, 3, 80, half, 10000.0)]:  # fmt: skip
+        joined = _empty(1, 100_003, (3 * H + 2 * G) * D, dtype=dtype).requires_grad_()
+        bias = _empty(H * D, dtype=dtype).requires_grad_()
+        y = mix(joined, bias, heads=H, groups=G, chunk=16, base=base)
+        y.backward(torch.empty_like(y))

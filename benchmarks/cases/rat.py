@@ -1,10 +1,12 @@
 """A RAT layer against an attention layer of equal width: forward, and forward with backward, by chunk.
 
 On a GPU in bfloat16, by default at 100,000 tokens, else on a CPU in float32 at 4,096. Attention is torch's, without
-positions, in a layer that does nothing else; both layers project in and out. Pairs are interleaved.
+positions, in a layer that does nothing else; both layers project in and out. Pairs are interleaved. Before it is timed
+the RAT layer must agree with itself in float64.
 `tokens`, `width`, `heads` of 0: those of the device; `chunk` of 0: 16 and 64.
 """
 
+import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -17,12 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend
 
+from regard.core.errors import RegardError
 from regard.layers.states.rat import Mixer
 from regard.measure.seconds import spread
 from regard.search import facts
 
 SETTINGS = {"cuda": (100_000, 2048, 16), "cpu": (4096, 512, 8)}
 CHUNKS = (16, 64)
+MOST = 8  # roundings that a layer may err by
 
 
 class Attention(nn.Module):
@@ -55,6 +59,7 @@ def run(
     rows = []
     for size in (chunk,) if chunk else CHUNKS:
         mixer = Mixer(width, heads, chunk=size).to(device, dtype)
+        told[f"error, chunk {size}"] = error(mixer, x)
         for phase in ("forward", "forward + backward")[: 1 + bool(backward)]:
             rows.append(row(f"chunk {size}, {phase}", attention, mixer, x, phase, repeats))
     return told, rows
@@ -64,6 +69,23 @@ def kernel(attention: Attention, x: Tensor) -> str:
     """Which of its kernels torch takes for this attention."""
     q = x.detach().unflatten(-1, (attention.heads, -1)).transpose(1, 2).requires_grad_(x.requires_grad)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
+
+
+def error(mixer: Mixer, x: Tensor) -> float:
+    """What the layer errs by on some of these tokens, output and gradient, against float64.
+
+    Raises:
+        RegardError: too much to be timed.
+    """
+    results = []
+    for layer, given in ((mixer, x), (copy.deepcopy(mixer).double(), x.double())):
+        given = given[:, :1000].detach().requires_grad_()
+        y = layer(given)
+        results.append((y.detach(), *torch.autograd.grad(y, given, torch.ones_like(y))))
+    found = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(*results, strict=True))
+    if not found <= MOST * torch.finfo(x.dtype).eps:
+        raise RegardError(f"a RAT layer with chunk {mixer.chunk} errs by {found:.2e} in {x.dtype}")
+    return found
 
 
 def row(name: str, attention: nn.Module, mixer: nn.Module, x: Tensor, phase: str, repeats: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from regard.layers.states.rat import Mixer
 from regard.ops.states.rat import scan
 from regard.primitives import sdpa
 
@@ -36,9 +37,9 @@ def test_outputs_and_gradients(dtype, T, chunk):
 def test_it_does_not_wait_and_builds_no_mask(monkeypatch):
     seen, kernel = [], sdpa._forward
 
-    def spy(q, k, v, added, square, scale):
+    def spy(q, k, v, added, square, *rest):
         seen.append((q.shape, k.shape, added, square))
-        return kernel(q, k, v, added, square, scale)
+        return kernel(q, k, v, added, square, *rest)
 
     monkeypatch.setattr(sdpa, "_forward", spy)
     call = [x.to("cuda", torch.bfloat16) for x in made(320)]
@@ -66,3 +67,32 @@ def test_decoding_does_not_wait_either():
         finally:
             torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(torch.cat(parts, 2), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("T", "chunk"), [(301, 16), (64, 64), (5, 16)])
+def test_a_layer_and_all_its_gradients(T, chunk):
+    """Through the layer's own kernels, which neither wait nor leave it to the plain path."""
+    torch.manual_seed(0)
+    mixer = Mixer(256, 4, chunk=chunk).bfloat16()
+    x, weight = (torch.randn(2, T, 256).bfloat16() for _ in range(2))
+
+    def run(mixer, x):
+        mixer.zero_grad()
+        x = x.detach().requires_grad_()
+        y = mixer(x)
+        y.backward(weight.to(y))
+        return [y.detach(), x.grad, *(p.grad for p in mixer.parameters())]
+
+    wanted = run(mixer.double(), x.double())
+    wanted = run(mixer.double(), x.double())
+    mixer = mixer.to("cuda", torch.bfloat16)
+    assert mixer._refuses(x.cuda()) is None
+    x = x.cuda()
+    run(mixer, x)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = run(mixer, x)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(found, wanted, strict=True):
+        assert (a.cpu().double() - b).norm() <= 8 * torch.finfo(torch.bfloat16).eps * b.norm()

@@ -18,9 +18,12 @@ def rotate(x: Tensor, at: Tensor, base: float | None = 10000.0) -> Tensor:
         return x
     if x.shape[-1] % 2:
         raise RegardError(f"rotary positions need an even head size, got {x.shape[-1]}")
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    turns = base ** (torch.arange(0, x.shape[-1], 2, device=x.device, dtype=exact) / -x.shape[-1])
-    angle = at[:, None, :, None].to(exact) * turns
-    cos, sin = angle.cos(), angle.sin()
+    cos, sin = turns(at[:, None], x.shape[-1], base, torch.float64 if x.dtype == torch.float64 else torch.float32)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def turns(at: Tensor, size: int, base: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, `[..., size / 2]`, of the angles `at [...]` times `base ** (-2 i / size)`."""
+    angle = at[..., None].to(dtype) * base ** (torch.arange(0, size, 2, device=at.device, dtype=dtype) / -size)
+    return angle.cos(), angle.sin()

@@ -1,7 +1,8 @@
 """Torch's fused attention kernels, with the lse that `scaled_dot_product_attention` throws away.
 
-`_scaled_dot_product_flash_attention_for_cpu` on CPU; on CUDA flash attention where nothing is masked, else
-the memory-efficient kernel, which takes a mask but no grouped heads. None of them differentiates the lse.
+`_scaled_dot_product_flash_attention_for_cpu` on CPU; on CUDA, where nothing is masked, cuDNN's kernel (`_cudnn` says
+when) or flash attention, else the memory-efficient one, which takes a mask but no grouped heads. None of them
+differentiates the lse.
 What the lse adds to the score gradient of a row is `P dlse`, so the kernels' own backward computes it when
 its `rowsum(dout * out)` is lowered by `dlse`: it is called with `out - dlse / |dout|^2 dout` in place of out.
 Rows whose `dout` vanishes take a second pass with the keys as values (`_lse_gradients`).
@@ -14,7 +15,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 aten = torch.ops.aten
+CUDNN = 90501  # the first version of its backward that reads gradients laid out otherwise than the output
+# cuDNN builds a plan for every new shape, 0.05 s each way (0.7 s for the first of its kind), and saves half the time of
+# large calls. Training repeats its shapes, so what counts is where it becomes faster; a prompt may be the only one of
+# its length, so that the layers of a model must earn the plan back in one pass.
+LEAST_TRAINED = 2**29  # multiply-adds of a product, as B1 H32 T512 D128
+LEAST_ONCE = 2**38  # B1 H32 T11,600 D128, where a layer saves 2 ms
+ROWS = 128  # of a tile: for fewer queries flash attention splits the keys
 Part = tuple[Tensor, Tensor]
+Extra = tuple[Any, ...]
+_TENSOR = object()  # stands where a tensor was; None is an answer of some kernels
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, softcap: float | None = None) -> str | None:
@@ -68,9 +78,9 @@ def fused(
     if q.device.type == "cuda" and (added is not None or q.dtype == torch.float32) and q.shape[1] != k.shape[1]:
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _trained(q, k, v):
         return _Fused.apply(q, k, v, added, empty, square, scale)  # type: ignore[return-value]
-    out, lse, _ = _forward(q, k, v, added, square, scale)
+    out, lse, _ = _forward(q, k, v, added, square, scale, False)
     return _blank(out, lse, empty)
 
 
@@ -92,7 +102,9 @@ def with_own(q: Tensor, k: Tensor, v: Tensor, score: Tensor, own: Tensor, *, sca
         `[B, H, T, D]`, differentiable once, laid out as `own` is.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    return _WithOwn.apply(q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], score, own, scale)  # type: ignore[return-value]
+    trained = _trained(q, k, v, score, own)
+    call = (q[:, :, 1:], k[:, :, :-1], v[:, :, :-1], score, own, scale, trained)
+    return _WithOwn.apply(*call)  # type: ignore[return-value]
 
 
 def own_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -106,17 +118,16 @@ class _WithOwn(torch.autograd.Function):
     """`with_own` where the kernel's keys are shifted already."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, score, own, scale):
+    def forward(ctx: Any, q, k, v, score, own, scale, trained):
         out = torch.empty_like(own)
         out[:, :, :1] = own[:, :, :1]
         lse, extra = score[:, :, 1:], ()
         if q.shape[2]:
-            before, lse, extra = _forward(q, k, v, None, True, scale)
+            before, lse, extra = causal(q, k, v, scale=scale, trained=trained)
             lse = torch.logaddexp(lse, score[:, :, 1:])
             weight = torch.exp(score[:, :, 1:] - lse)[..., None].to(own.dtype)
             torch.lerp(before, own[:, :, 1:], weight, out=out[:, :, 1:])
-        tensors = [x for x in extra if isinstance(x, Tensor)]
-        ctx.extra = tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+        tensors, ctx.extra = apart(extra)
         ctx.save_for_backward(q, k, v, score, own, out, lse, *tensors)
         ctx.scale = scale
         return out
@@ -125,24 +136,66 @@ class _WithOwn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout):
         q, k, v, score, own, out, lse, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        extra = tuple(next(left) if x is _TENSOR else x for x in ctx.extra)
         rows = dout[:, :, 1:]
         down, dscore = dout.clone(), torch.zeros_like(score)
         if not q.shape[2]:
-            return (*(torch.zeros_like(x) for x in (q, k, v)), dscore, down, None)
+            return (*(torch.zeros_like(x) for x in (q, k, v)), dscore, down, None, None)
         weight = torch.exp(score[:, :, 1:] - lse)
         down[:, :, 1:].mul_(weight[..., None].to(down.dtype))
         share = ((own - out)[:, :, 1:] * rows).sum(-1, dtype=score.dtype)
         dscore[:, :, 1:] = weight * share
-        if extra:
-            # Kernels may give an lse longer than the rows.
-            whole = extra[1].clone()
-            whole[..., : lse.shape[-1]] = lse
-            extra = (extra[0], whole, *extra[2:])
-        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
-        grads = _backward(rows, (q, k, v), out[:, :, 1:], lse, None, True, ctx.scale, extra)
-        return (*grads, dscore, down, None)
+        extra = together(tensors, ctx.extra)
+        grads = causal_gradients(rows, (q, k, v), out[:, :, 1:], lse, scale=ctx.scale, extra=extra)
+        return (*grads, dscore, down, None, None)
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, *, scale: float, trained: bool) -> tuple[Tensor, Tensor, Extra]:
+    """Row t over keys `j <= t`, for a caller that differentiates on its own; for calls that `own_refuses` takes.
+
+    Args:
+        q: `[B, H, T, D]`, T above 0.
+        k: `[B, Hk, T, D]`.
+        v: `[B, Hk, T, D]`.
+        scale: of the scores.
+        trained: whether `causal_gradients` will be called.
+
+    Returns:
+        out `[B, H, T, D]`, lse `[B, H, T]`, and what `causal_gradients` wants besides.
+    """
+    return _forward(q, k, v, None, True, scale, trained)
+
+
+def causal_gradients(
+    dout: Tensor, qkv: tuple[Tensor, Tensor, Tensor], out: Tensor, lse: Tensor, *, scale: float, extra: Extra
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k, v of `causal`, whose part of the output may be smaller than the whole.
+
+    `out` and `lse [B, H, T]` are of all that a row reads, here and elsewhere: with what the kernel found by itself they
+    give the gradients of its own output; with those of a join that they went into, of their share of the join.
+    """
+    if extra:
+        # Kernels may give an lse longer than the rows, or with one more axis.
+        whole = extra[1].clone().flatten(2)
+        whole[..., : lse.shape[-1]] = lse
+        extra = (extra[0], whole.view_as(extra[1]), *extra[2:])
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    return _backward(dout, qkv, out, lse, None, True, scale, extra)
+
+
+def apart(extra: Extra) -> tuple[list[Tensor], Extra]:
+    """The tensors of `extra`, and the rest with marks in their places: autograd saves tensors apart."""
+    return [x for x in extra if isinstance(x, Tensor)], tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+
+
+def together(tensors: list[Tensor], extra: Extra) -> Extra:
+    """`apart` undone."""
+    left = iter(tensors)
+    return tuple(next(left) if x is _TENSOR else x for x in extra)
+
+
+def _trained(*tensors: Tensor) -> bool:
+    """Whether gradients are wanted."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _additive(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -192,17 +245,45 @@ def _blank(out: Tensor, lse: Tensor, empty: Tensor | None) -> Part:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, square: bool, scale: float
-) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
-    """`(out, lse [B, H, T], what the kernel's backward wants besides)`."""
+    q: Tensor, k: Tensor, v: Tensor, added: Tensor | None, square: bool, scale: float, trained: bool
+) -> tuple[Tensor, Tensor, Extra]:
+    """`(out, lse [B, H, T], what the kernel's backward wants besides)`; `trained`: that backward will come."""
     if q.device.type == "cpu":
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, square, attn_mask=added, scale=scale)
         return out, lse, ()
     if added is None and q.dtype != torch.float32:
+        if _cudnn(q, k, square, trained):
+            call = (None, True, 0.0, square, False)
+            out, lse, *rest = aten._scaled_dot_product_cudnn_attention(q, k, v, *call, scale=scale)
+            return out, lse.reshape(q.shape[:3]), ("cudnn", lse, *rest[:6])
         out, lse, *rest = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, square, False, scale=scale)
         return out, lse[..., : q.shape[2]], ("flash", lse, *rest[:6])
     out, lse, *rest = aten._scaled_dot_product_efficient_attention(q, k, v, added, True, 0.0, square, scale=scale)
     return out, lse[..., : q.shape[2]], ("efficient", lse, *rest)
+
+
+def _cudnn(q: Tensor, k: Tensor, square: bool, trained: bool) -> bool:
+    """Whether cuDNN's kernel takes this call without a mask, and is worth its plan."""
+    B, H, T, D = q.shape
+    work = B * H * T * k.shape[2] * D // (1 + square)
+    if T < ROWS or k.shape[2] < 2 or work < (LEAST_TRAINED if trained else LEAST_ONCE):
+        return False
+    if D > 128 or max(B, H) > 65535 or torch.are_deterministic_algorithms_enabled():
+        return False
+    # What torch asks before it prefers cuDNN itself.
+    if q.device.type != "cuda" or not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    capable = torch.cuda.get_device_capability(q.device) in ((9, 0), (10, 0))
+    return capable and (torch.backends.cudnn.version() or 0) >= CUDNN
+
+
+def _laid_as(q: Tensor, x: Tensor) -> Tensor:
+    """`x` laid out as cuDNN's output is for this q.
+
+    Up to 2.11 torch finds a plan by the layouts of q, k, v alone: with another x a later call would read it wrongly.
+    """
+    wanted = torch.empty_like(q, device="meta").stride()
+    return x if x.stride() == wanted else torch.empty_like(q).copy_(x)
 
 
 def _backward(
@@ -213,7 +294,7 @@ def _backward(
     added: Tensor | None,
     square: bool,
     scale: float,
-    extra: tuple[Any, ...],
+    extra: Extra,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv
     if not extra:
@@ -221,6 +302,12 @@ def _backward(
             dout, q, k, v, out, lse, 0.0, square, attn_mask=added, scale=scale
         )
     kernel, lse, *rest = extra
+    if kernel == "cudnn":
+        cum_q, cum_k, max_q, max_k, seed, offset = rest
+        dout, out = _laid_as(q, dout), _laid_as(q, out)
+        return aten._scaled_dot_product_cudnn_attention_backward(
+            dout, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0, square, scale=scale
+        )
     if kernel == "flash":
         cum_q, cum_k, max_q, max_k, seed, offset = rest
         return aten._scaled_dot_product_flash_attention_backward(
@@ -236,19 +323,14 @@ def _backward(
     )[:3]
 
 
-# Stands where a tensor was: autograd saves those apart, and None is an answer of some kernels.
-_TENSOR = object()
-
-
 class _Fused(torch.autograd.Function):
     """The kernels with gradients of both results."""
 
     @staticmethod
     def forward(ctx: Any, q, k, v, added, empty, square, scale):
-        out, lse, extra = _forward(q, k, v, added, square, scale)
+        out, lse, extra = _forward(q, k, v, added, square, scale, True)
         ctx.set_materialize_grads(False)
-        tensors = [x for x in extra if isinstance(x, Tensor)]
-        ctx.extra = tuple(_TENSOR if isinstance(x, Tensor) else x for x in extra)
+        tensors, ctx.extra = apart(extra)
         ctx.save_for_backward(q, k, v, added, empty, out, lse, *tensors)
         ctx.square, ctx.scale = square, scale
         return _blank(out, lse, empty)
@@ -257,8 +339,7 @@ class _Fused(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout, dlse):
         q, k, v, added, empty, out, lse, *tensors = ctx.saved_tensors
-        left = iter(tensors)
-        extra = tuple(next(left) if x is _TENSOR else x for x in ctx.extra)
+        extra = together(tensors, ctx.extra)
         dout = torch.zeros_like(out) if dout is None else dout
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         if empty is not None:
@@ -289,7 +370,7 @@ def _fold(out: Tensor, dout: Tensor, dlse: Tensor) -> Part:
 
 def _lse_gradients(q: Tensor, k: Tensor, dlse: Tensor, added: Tensor | None, square: bool, scale: float) -> Part:
     """`dlse` through the lse alone: `dq = dlse * scale * P k`, `dk = scale * P^T (dlse * q)`, both fused."""
-    mean, lse, extra = _forward(q, k, k, added, square, scale)
+    mean, lse, extra = _forward(q, k, k, added, square, scale, True)
     weight = (dlse * scale)[..., None]
     through = (weight * q).to(q.dtype)
     _, _, dk = _backward(through, (q, k, k), mean, lse, added, square, scale, extra)

@@ -201,9 +201,9 @@ def test_no_mask_is_built_and_no_key_repeated(monkeypatch):
     """What reaches torch's kernel: one head of keys for all tokens of a chunk, T / C rows of them, no float mask."""
     seen, kernel = [], sdpa._forward
 
-    def spy(q, k, v, added, square, scale):
+    def spy(q, k, v, added, square, *rest):
         seen.append((q.shape, k.shape, added, square))
-        return kernel(q, k, v, added, square, scale)
+        return kernel(q, k, v, added, square, *rest)
 
     monkeypatch.setattr(sdpa, "_forward", spy)
     scan(*(x.requires_grad_() for x in made(64)), chunk=8)

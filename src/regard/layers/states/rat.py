@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.core.errors import RegardError
+from regard.kernels import device
 from regard.layers.blocks.heads import Output, join, linear, size, split
 from regard.layers.blocks.norms import wide
 from regard.layers.blocks.recur import check
@@ -65,7 +66,13 @@ class Mixer(nn.Module):
     ) -> Tensor:
         """`x [B, T, width]`, `mask [B, T]` bool (False: padding): `y [B, T, width]`."""
         check(x, self.width, memory, mask, cu_seqlens)
-        z, v, g, q, k = self.inputs(x).split(self.sizes, -1)
+        joined = self.inputs(x)
+        if memory is None and mask is None and cu_seqlens is None and self._refuses(joined) is None:
+            from regard.kernels.states import rat as kernel
+
+            call = {"heads": self.heads, "groups": self.groups, "chunk": self.chunk, "base": self.base}
+            return self.out(kernel.mix(joined, self.bias, **call))
+        z, v, g, q, k = joined.split(self.sizes, -1)
         # The sum is float32 because the bias is.
         gate = torch.sigmoid(g + wide(self.bias)).to(v.dtype)
         q, k = (split(part, self.groups) for part in (q, k))
@@ -76,6 +83,14 @@ class Mixer(nn.Module):
             self._keep(memory, state)
         # torch computes the sigmoid of half precision in float32.
         return self.out(torch.sigmoid(z) * join(out))
+
+    def _refuses(self, joined: Tensor) -> str | None:
+        """Why no kernel can do what stands between the projections, or None."""
+        if refusal := device.refuses(joined):
+            return refusal
+        from regard.kernels.states import rat as kernel
+
+        return kernel.refuses(joined, heads=self.heads, groups=self.groups)
 
     def _recall(self, memory: Memory | None) -> State | None:
         """The state that `memory` holds, None before the first token.
