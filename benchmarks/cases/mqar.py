@@ -1,9 +1,10 @@
 """Associative recall (MQAR) of every mixer: two layers without MLPs, by width, length and pairs.
 
 The frame of Zoology (arXiv 2312.04927): pre-LayerNorm, tied embeddings, fresh rows for every step, the best of a
-small sweep, stopped at 99 %. Softmax attention has learned positions, other mixers have none. Two differences, both
-from pilot runs on a CPU: batches are smaller, because the number of steps decides, not that of rows; and the size of
-the first weights is swept beside the rate, because attention this narrow learned nothing with the usual 0.02.
+small sweep, stopped at 99 %. A mixer stands over a gated short convolution, as in Zoology's later experiments, or over
+another layer of itself; softmax attention alone has learned positions, all else none. Batches are smaller and runs
+shorter than Zoology's, for time. The size of the first weights is swept beside the rate: in pilot runs on a CPU narrow
+attention alone learned nothing with the usual 0.02, Gated DeltaNet nothing with 0.1.
 """
 
 from dataclasses import replace
@@ -22,11 +23,14 @@ TRIES = ((3e-3, 0.02), (3e-3, None), (1e-3, 0.02))
 SOLVED = 0.99
 # Of one head of each mixer.
 HEAD = 64
+# What the first layer is.
+BELOW = ("base_conv", "itself")
 
 
 def run(
     width: int = 0,
     length: int = 0,
+    below: int = 0,
     pairs: int = 0,
     tries: int = 2,
     seeds: int = 1,
@@ -43,6 +47,7 @@ def run(
     Args:
         width: one width; 0: 64, 128 and 256.
         length: one length; 0: 256 and 512.
+        below: the first layer: 1 a gated short convolution, 2 the mixer itself; 0: both.
         pairs: of a row; 0: an eighth of its length.
         tries: how many of `TRIES` are made, as long as 99 % is not reached; softmax begins with the second.
         seeds: runs of each.
@@ -58,18 +63,23 @@ def run(
     chosen = mixers.names()[part::parts]
     lengths = (length,) if length else (256, 512)
     widths = (width,) if width else (64, 128, 256)
+    firsts = BELOW[below - 1 : below] if below else BELOW
+    # The longest runs begin first, so that no long one is left at the end.
     jobs = [
         job(
-            mixer, channels, tokens, pairs or tokens // 8, seed, device, steps=steps, batch=batch, vocabulary=vocabulary
+            mixer, first, channels, tokens, pairs or tokens // 8, seed, device,
+            steps=steps, batch=batch, vocabulary=vocabulary,
         )
-        for tokens in lengths
-        for channels in widths
+        for first in firsts
+        for tokens in sorted(lengths, reverse=True)
+        for channels in sorted(widths, reverse=True)
         for seed in range(seeds)
         for mixer in chosen
-    ]
+        if mixer != first
+    ]  # fmt: skip
 
     def again(tried: Job, figures: dict[str, Any]) -> Job | None:
-        order = sweep_of(tried.called["mixer"])
+        order = sweep_of(tried.called)
         number = order.index((tried.settings.rate, tried.called["init"])) + 1
         if figures["ended"] != "steps" or number >= tries:
             return None
@@ -82,27 +92,38 @@ def run(
 
 
 def job(
-    mixer: str, width: int, length: int, pairs: int, seed: int, device: str, steps: int, batch: int, vocabulary: int
+    mixer: str,
+    below: str,
+    width: int,
+    length: int,
+    pairs: int,
+    seed: int,
+    device: str,
+    *,
+    steps: int,
+    batch: int,
+    vocabulary: int,
 ) -> Job:
     """The first run of a cell."""
-    softmax = mixer == "softmax"
+    layers = [mixer if below == "itself" else below, mixer]
     model = {
-        "hidden_size": width, "mixers": [mixer, mixer], "num_attention_heads": max(1, width // HEAD), "mlp": "none",
-        "norm": "layer", "positions": "learned" if softmax else "none",
-        "mixer_options": {"softmax": {"rope": False}} if softmax else None,
+        "hidden_size": width, "mixers": layers, "num_attention_heads": max(1, width // HEAD), "mlp": "none",
+        "norm": "layer", "positions": "learned" if set(layers) == {"softmax"} else "none",
+        "mixer_options": {"softmax": {"rope": False}} if mixer == "softmax" else None,
     }  # fmt: skip
     settings = Settings(
         task="mqar", task_settings={"pairs": pairs, "vocabulary": vocabulary}, length=length, batch=batch, steps=steps,
         floor=0.1, warmup=min(0.5, 100 / steps), evaluate=max(1, min(100, steps // 2)), held_out=512,
         seed=seed, target=SOLVED, bf16=device == "cuda",
     )  # fmt: skip
-    first = Job({"mixer": mixer, "width": width, "length": length, "pairs": pairs}, model, settings, device)
-    return tuned(first, *sweep_of(mixer)[0])
+    called = {"mixer": mixer, "below": below, "width": width, "length": length, "pairs": pairs}
+    return tuned(Job(called, model, settings, device), *sweep_of(called)[0])
 
 
-def sweep_of(mixer: str) -> list[tuple[float, float | None]]:
+def sweep_of(called: dict[str, Any]) -> list[tuple[float, float | None]]:
     """What is tried, in order."""
-    return [TRIES[1], TRIES[0], *TRIES[2:]] if mixer == "softmax" else list(TRIES)
+    alone = (called["mixer"], called["below"]) == ("softmax", "itself")
+    return [TRIES[1], TRIES[0], *TRIES[2:]] if alone else list(TRIES)
 
 
 def tuned(job: Job, rate: float, init: float | None) -> Job:
@@ -112,25 +133,27 @@ def tuned(job: Job, rate: float, init: float | None) -> Job:
 
 
 def cells(runs: list[dict[str, Any]]) -> dict[tuple, list[dict[str, Any]]]:
-    """The runs of each mixer, width, length and seed."""
+    """The runs of each first layer, length, width, mixer and seed."""
     found: dict[tuple, list[dict[str, Any]]] = {}
     for one in runs:
-        key = (one["length"], one["width"], one["mixer"], one.get("seed", 0))
+        key = (one["below"], one["length"], one["width"], one["mixer"], one.get("seed", 0))
         found.setdefault(key, []).append(one)
     return found
 
 
 def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a mixer, width and length: the best try of each seed, their mean and half their range."""
+    """One row a cell: the best try of each seed, their mean and half their range."""
     best: dict[tuple, list[dict[str, Any]]] = {}
     for key, tried in sorted(cells(runs).items()):
-        best.setdefault(key[:3], []).append(max(tried, key=lambda one: one.get("accuracy", -1.0)))
+        best.setdefault(key[:4], []).append(max(tried, key=lambda one: one.get("accuracy", -1.0)))
     rows = []
-    for (length, width, mixer), by_seed in best.items():
+    for cell, by_seed in best.items():
+        below, length, width, mixer = cell
         accuracies = [one["accuracy"] for one in by_seed if "accuracy" in one]
         rows.append(
             {
                 "mixer": mixer,
+                "below": below,
                 "width": width,
                 "length": length,
                 "pairs": by_seed[0]["pairs"],
@@ -139,7 +162,7 @@ def table(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "rate": by_seed[0]["rate"],
                 "init": by_seed[0]["init"] or "1/sqrt(width)",
                 "ended": by_seed[0]["ended"],
-                "runs": [one for one in runs if (one["length"], one["width"], one["mixer"]) == (length, width, mixer)],
+                "runs": [run for key, tried in cells(runs).items() if key[:4] == cell for run in tried],
             }
         )
     return rows

@@ -28,13 +28,25 @@ def job(**changes):
 
 def test_the_best_rate_of_every_mixer(monkeypatch):
     monkeypatch.setattr(mqar.mixers, "names", lambda: ("delta_net", "softmax", "tnl"))
-    facts, rows = mqar.run(width=16, tries=3, steps=2, vocabulary=32, part=1, parts=2, **TINY)
+    facts, rows = mqar.run(width=16, below=2, tries=3, steps=2, vocabulary=32, part=1, parts=2, **TINY)
     assert facts["mixers"] == ["softmax"]
     assert facts["left out"] == 0
     (row,) = rows
     assert [(one["rate"], one["init"]) for one in row["runs"]] == [(3e-3, None), (3e-3, 0.02), (1e-3, 0.02)]
     assert row["accuracy"] == max(one["accuracy"] for one in row["runs"])
     assert (row["mixer"], row["width"], row["pairs"]) == ("softmax", 16, 2)
+
+
+def test_what_a_mixer_stands_on(monkeypatch):
+    monkeypatch.setattr(mqar.mixers, "names", lambda: ("base_conv", "softmax"))
+    _, rows = mqar.run(width=16, tries=1, steps=1, vocabulary=32, **TINY)
+    found = {(row["mixer"], row["below"]): row["runs"][0]["parameters"] for row in rows}
+    assert sorted(found) == [("base_conv", "itself"), ("softmax", "base_conv"), ("softmax", "itself")]
+    # Embeddings of 32 tokens, 2 LayerNorms and a last one, and what the layers themselves have.
+    shared, conv, attention = 32 * 16 + 3 * 32, 3 * 16 + 16 * 16 + 16, 4 * 16 * 16
+    assert found["base_conv", "itself"] == shared + 2 * conv
+    assert found["softmax", "base_conv"] == shared + conv + attention
+    assert found["softmax", "itself"] == shared + 2 * attention + 16 * 16
 
 
 def test_every_ratio(monkeypatch):

@@ -270,8 +270,7 @@ class _Fused(torch.autograd.Function):
             stand_in, rest = _fold(out, dout, dlse)
         call = (added, ctx.square, ctx.scale)
         dq, dk, dv = _backward(dout, (q, k, v), stand_in, lse, *call, extra)
-        # Nobody can look while a graph is captured.
-        if rest is not None and ((rest.is_cuda and torch.cuda.is_current_stream_capturing()) or bool(rest.any())):
+        if rest is not None and bool(rest.any()):
             more_q, more_k = _lse_gradients(q, k, rest, *call)
             dq, dk = dq + more_q, dk + more_k
         return dq, dk, dv, None, None, None, None

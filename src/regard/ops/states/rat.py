@@ -186,6 +186,9 @@ def _read(
     q, own = (x.reshape(*shape, D).transpose(1, 2) for x in (q, values))
     scores = scores.reshape(shape).transpose(1, 2)
     k, v = (x.reshape(B * H, 1, shape[1], D) for x in ends)
+    if own_refuses(q, k, v) is not None and q.is_cuda:
+        # In float32 torch's kernel has no grouped heads; without it gradients of a join would wait for the device.
+        k, v = k.repeat(1, q.shape[1], 1, 1), v.repeat(1, q.shape[1], 1, 1)
     past = state is not None and not (isinstance(laid.first, int) and laid.first == 0)
     if not past and backend == "auto" and own_refuses(q, k, v) is None:
         out = with_own(q, k, v, scores, own, scale=D**-0.5)
