@@ -73,13 +73,30 @@ def test_a_refusal_ends_no_other_run(tmp_path):
 
 def test_no_run_begins_when_time_is_up(monkeypatch):
     assert sweep.sweep("some", [job()], 0, -1) == []
-    monkeypatch.setattr(sweep, "_in_time", sweep.done)
-    (stopped,) = sweep.sweep("some", [job()], 0, -1)
+    clock = iter([0.0, 0.0, 0.0])
+    monkeypatch.setattr(sweep.time, "time", lambda: next(clock, 100.0))
+    (stopped,) = sweep.sweep("some", [job()], 0, 50)
     assert (stopped["ended"], stopped["steps"]) == ("out of time", 1)
 
 
 @pytest.mark.slow
 def test_processes_side_by_side():
-    found = sweep.sweep("some", [job(), job(mlp="none")], 2, 600)
-    here = sweep.sweep("some", [job(), job(mlp="none")], 0, 600)
-    assert sorted(one["loss"] for one in found) == pytest.approx(sorted(one["loss"] for one in here), rel=1e-4)
+    jobs = [job(), job(mlp="none"), job(mlp="wide"), job(norm="layer")]
+    here = sweep.sweep("some", jobs, 0, 600)
+    for workers, lanes in ((2, 1), (1, 3)):
+        found = sweep.sweep("some", jobs, workers, 600, lanes=lanes)
+        assert {one["what"] for one in found} == {one["what"] for one in here}
+        losses = [sorted(one["loss"] for one in runs if "loss" in one) for runs in (found, here)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+        assert len(losses[0]) == 3
+
+
+def _dies(asked, told, lanes):
+    raise SystemExit(3)
+
+
+@pytest.mark.slow
+def test_a_process_that_ends_is_noticed(monkeypatch):
+    monkeypatch.setattr(sweep, "_lead", _dies)
+    with pytest.raises(RuntimeError, match="a process of the sweep ended with 3"):
+        sweep.sweep("some", [job()], 1, 600)

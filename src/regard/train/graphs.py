@@ -6,7 +6,7 @@ them. A replay is one launch.
 
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -25,16 +25,18 @@ def refuses(device: torch.device) -> str | None:
 
 
 @contextmanager
-def own_stream(device: torch.device) -> Iterator[None]:
-    """Work on a stream beside the default one, which cannot be captured; nothing where there are no streams."""
+def own_stream(device: torch.device) -> Iterator[AbstractContextManager]:
+    """A context, to be entered as often as wanted, within which work goes to a stream of its own.
+
+    The default stream cannot be captured; it waits for this one at the end. Where there are none, nothing is done.
+    """
     if refuses(device) is not None:
-        yield
+        yield nullcontext()
         return
     before, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(before)
     try:
-        with torch.cuda.stream(stream):
-            yield
+        yield torch.cuda.stream(stream)
     finally:
         before.wait_stream(stream)
 
@@ -43,7 +45,7 @@ class Replay:
     """`work(*inputs) -> Tensor`, launched `WARM` times, then captured and replayed. The same numbers either way.
 
     Where it cannot be captured it is launched every time, and `why` says why not. Random numbers are those that
-    launching draws. Call it within `own_stream`.
+    launching draws, as long as graphs that draw any are replayed one at a time. Call it within `own_stream`.
 
     Args:
         work: takes tensors and gives one. All else it reads and writes must stay where it is, and a call that fails

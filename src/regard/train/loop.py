@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,34 @@ def train(
             another layout or other settings; a loss that is not finite (no checkpoint is written after it); steps that
             cannot be captured though the settings want it.
     """
+    return deque(paced(model, source, settings, out=out, resume=resume, watchers=watchers, asked=asked), maxlen=1)[0]
+
+
+def paced(
+    model: Any,
+    source: Source,
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+    asked: Callable[[], bool] = lambda: False,
+) -> Iterator[Result]:
+    """`train`, a step each time the next result is asked for; the last one is the whole.
+
+    So one thread can lead several runs at once. On CUDA each has a stream of its own, and small models share the device
+    better than one after the other. Those with dropout share its random numbers too: run them alone.
+    """
     run = _Run(model, source, settings, Path(out) if out is not None else None, watchers)
     run.begin(resume)
-    with own_stream(run.device):
-        return run.steps(asked)
+    steps = run.steps(asked)
+    with own_stream(run.device) as apart:
+        while True:
+            with apart:
+                result = next(steps, None)
+            if result is None:
+                return
+            yield result
 
 
 class _Run:
@@ -115,8 +140,8 @@ class _Run:
         state = checkpoint.read(found, self.model, self.optimizer, self.told)
         self.result = Result(**state["result"])
 
-    def steps(self, asked: Callable[[], bool]) -> Result:
-        """Take the steps that are left."""
+    def steps(self, asked: Callable[[], bool]) -> Iterator[Result]:
+        """Take the steps that are left; the result so far after each, and at the end."""
         settings, result = self.settings, self.result
         held = self.source.held_out().to(self.device)
         # Measurements that cannot be captured have the same figures: no reason to refuse a run.
@@ -142,9 +167,10 @@ class _Run:
                 )
             if stop:
                 break
+            yield result
         self.read_losses()
         self.model.eval()
-        return result
+        yield result
 
     def step(self, number: int) -> Tensor:
         """One optimiser step; its loss and the norm of its gradient, not read yet."""
