@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import sweep
-from cases import mqar, ratios
+from cases import mqar, ratios, train_step
+from regard.core.errors import RegardError
 from regard.train.settings import Settings
 
 TINY = {"length": 16, "batch": 2, "seconds": 600, "workers": 0}
@@ -61,6 +62,21 @@ def test_every_ratio(monkeypatch):
         assert row["text loss"] == pytest.approx(sum(losses) / 2)
         assert row["text loss spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
         assert row["text loss spread"] > 0
+
+
+def test_both_ways_of_taking_steps(monkeypatch):
+    monkeypatch.setattr(train_step.mixers, "names", lambda: ("delta_net", "softmax", "tnl"))
+    words = {"width": 16, "length": 16, "batch": 2, "vocabulary": 32, "steps": 2, "repeats": 2, "part": 1, "parts": 2}
+    _, (row,) = train_step.run(**words)
+    assert (row["mixer"], row["losses apart"]) == ("softmax", 0)
+    assert row["why not"] == "graphs are captured on CUDA devices, not on cpu"
+    assert row["launched ms"] > 0
+    assert row["replayed ms"] > 0
+    begun = train_step.begun
+    faster = lambda job, graphs: begun(mqar.tuned(job, 0.003 if graphs is False else 0.5, None), graphs)  # noqa: E731
+    monkeypatch.setattr(train_step, "begun", faster)
+    with pytest.raises(RegardError, match="not the same steps, and not timed"):
+        train_step.run(**words)
 
 
 def test_a_refusal_ends_no_other_run(tmp_path):
