@@ -33,14 +33,14 @@ def test_the_best_rate_of_every_mixer(monkeypatch):
     assert facts["mixers"] == ["softmax"]
     assert facts["left out"] == 0
     (row,) = rows
-    assert [(one["rate"], one["init"]) for one in row["runs"]] == [(3e-3, None), (3e-3, 0.02), (1e-3, 0.02)]
+    assert [(one["rate"], one["init"]) for one in row["runs"]] == [(3e-3, None), (3e-3, 0.02), (1e-2, 0.02)]
     assert row["accuracy"] == max(one["accuracy"] for one in row["runs"])
     assert (row["mixer"], row["width"], row["pairs"]) == ("softmax", 16, 2)
 
 
 def test_what_a_mixer_stands_on(monkeypatch):
     monkeypatch.setattr(mqar.mixers, "names", lambda: ("base_conv", "softmax"))
-    _, rows = mqar.run(width=16, tries=1, steps=1, vocabulary=32, **TINY)
+    _, rows = mqar.run(width=16, below=0, tries=1, steps=1, vocabulary=32, **TINY)
     found = {(row["mixer"], row["below"]): row["runs"][0]["parameters"] for row in rows}
     assert sorted(found) == [("base_conv", "itself"), ("softmax", "base_conv"), ("softmax", "itself")]
     # Embeddings of 32 tokens, 2 LayerNorms and a last one, and what the layers themselves have.
