@@ -8,6 +8,7 @@ step were step for step where they are with 64. The size of the first weights is
 a CPU narrow attention alone learned nothing with the usual 0.02, Gated DeltaNet nothing with 0.1.
 """
 
+import functools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -81,14 +82,7 @@ def run(
         if mixer != first
     ]  # fmt: skip
 
-    def again(tried: Job, figures: dict[str, Any]) -> Job | None:
-        order = sweep_of(tried.called)
-        number = order.index((tried.settings.rate, tried.called["init"])) + 1
-        if figures["ended"] != "steps" or number >= tries:
-            return None
-        return tuned(tried, *order[number])
-
-    runs = sweep("mqar", jobs, workers, seconds, again, lanes)
+    runs = sweep("mqar", jobs, workers, seconds, functools.partial(another, tries), lanes)
     told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": list(chosen), "workers": workers}
     told |= {"tries": tries, "steps": steps, "batch": batch, "vocabulary": vocabulary, "bf16": device == "cuda"}
     return told | {"left out": len(jobs) - len(cells(runs))}, table(runs)
@@ -121,6 +115,15 @@ def job(
     )  # fmt: skip
     called = {"mixer": mixer, "below": below, "width": width, "length": length, "pairs": pairs}
     return tuned(Job(called, model, settings, device), *sweep_of(called)[0])
+
+
+def another(tries: int, tried: Job, figures: dict[str, Any]) -> Job | None:
+    """The next try of a cell, if there is one and the last one was not enough."""
+    order = sweep_of(tried.called)
+    number = order.index((tried.settings.rate, tried.called["init"])) + 1
+    if figures["ended"] != "steps" or number >= tries:
+        return None
+    return tuned(tried, *order[number])
 
 
 def sweep_of(called: dict[str, Any]) -> list[tuple[float, float | None]]:

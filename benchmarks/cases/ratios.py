@@ -32,7 +32,6 @@ def run(
     seeds: int = 1,
     seconds: int = 240,
     workers: int = 12,
-    lanes: int = 1,
     part: int = 0,
     parts: int = 1,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -51,7 +50,6 @@ def run(
         seeds: runs of each.
         seconds: no run begins after that, none goes on.
         workers: processes side by side; 0: one run after the other in this one.
-        lanes: runs of each process, side by side too.
         part: which part of the mixers, from 0; softmax attention is in each.
         parts: into how many parts the mixers are dealt.
     """
@@ -76,7 +74,7 @@ def run(
                 words = {"text": "the language reference", "steps": text_steps, "rate": 2e-3, "evaluate": text_steps}
                 settings = Settings(seed=seed, **words, **shared)
                 jobs.append(Job(called | {"what": "text"}, reading(layout, text_width), settings, device))
-    runs = sweep("ratios", jobs, workers, seconds, lanes=lanes)
+    runs = sweep("ratios", jobs, workers, seconds)
     told = facts.machine(SimpleNamespace(device=torch.device(device))) | shared | {"layers": layers, "workers": workers}
     told |= {"recall width": recall_width, "pairs": pairs, "vocabulary": vocabulary, "recall steps": recall_steps}
     told |= {"text width": text_width, "text steps": text_steps, "seeds": seeds, "left out": len(jobs) - len(runs)}

@@ -10,7 +10,7 @@ from regard.kernels import device
 from regard.measure.tasks.task import build
 from regard.train import graphs
 from regard.train.data import TaskRows
-from regard.train.loop import train
+from regard.train.loop import paced, train
 from regard.train.settings import Settings
 from train.toys import llama
 
@@ -76,6 +76,54 @@ def test_a_cpu_launches_every_step_and_says_so():
         train(llama(vocabulary=16), source, settings)
     with pytest.raises(RegardError, match=r"setting graphs .* must be bool, not 'yes'"):
         Settings(**wanted, graphs="yes")
+
+
+class Stream:
+    """A stream that knows whom it waited for."""
+
+    now = before = None
+
+    def __init__(self, device=None):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+    def __enter__(self):
+        self.before, Stream.now = Stream.now, self
+
+    def __exit__(self, *_):
+        Stream.now = self.before
+
+
+def test_runs_that_take_turns_stay_on_their_own_streams(monkeypatch):
+    first = Stream.now = Stream()
+    monkeypatch.setattr(graphs, "refuses", lambda device: None)
+    for name, fake in (("Stream", Stream), ("stream", lambda x: x), ("current_stream", lambda device: Stream.now)):
+        monkeypatch.setattr(torch.cuda, name, fake)
+    words = {"task": "copy", "length": 16, "task_settings": {"lag": 2, "vocabulary": 16}, "batch": 2, "graphs": False}
+    seen, runs, results = ([], []), [], [[], []]
+    for number, steps in enumerate((2, 4)):
+        settings = Settings(**words, steps=steps)
+        model = llama(vocabulary=16, attention_dropout=0.0)
+        model.register_forward_hook(lambda *_, number=number: seen[number].append(Stream.now))
+        source = TaskRows(build("copy", length=16, lag=2, vocabulary=16), settings)
+        runs.append(paced(model, source, settings))
+    while runs[0] or runs[1]:
+        for number in (0, 1):
+            found = next(runs[number], None) if runs[number] else None
+            assert Stream.now is first
+            if found is None:
+                runs[number] = None
+            else:
+                results[number].append(found.step)
+    assert results == [[1, 2, 2], [1, 2, 3, 4, 4]]
+    assert [len(set(x)) for x in seen] == [1, 1]
+    streams = [x[0] for x in seen]
+    assert first not in streams
+    assert streams[0] is not streams[1]
+    assert [x.waited for x in streams] == [[first], [first]]
+    assert first.waited == streams
 
 
 def test_tables_that_a_graph_read_outlive_their_cache(monkeypatch):

@@ -85,7 +85,10 @@ def train(
             another layout or other settings; a loss that is not finite (no checkpoint is written after it); steps that
             cannot be captured though the settings want it.
     """
-    return deque(paced(model, source, settings, out=out, resume=resume, watchers=watchers, asked=asked), maxlen=1)[0]
+    run = _Run(model, source, settings, Path(out) if out is not None else None, watchers)
+    run.begin(resume)
+    with own_stream(run.device) as apart, apart:
+        return deque(run.steps(asked), maxlen=1)[0]
 
 
 def paced(
