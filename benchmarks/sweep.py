@@ -1,14 +1,19 @@
-"""Many small training runs side by side on one device, until the time is up."""
+"""Many small training runs side by side on one device, until the time is up.
+
+Processes take turns on a GPU, and streams of one process share it: so every process leads a few runs, a step of each in
+turn.
+"""
 
 import json
 import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import torch
@@ -18,7 +23,7 @@ from regard.measure.tasks.task import build
 from regard.models import pretrained
 from regard.models.hybrid import HybridConfig, HybridForCausalLM
 from regard.train.data import BYTES, Source, TaskRows, TextRows
-from regard.train.loop import train
+from regard.train.loop import Result, paced
 from regard.train.settings import Settings
 
 
@@ -33,32 +38,37 @@ class Job:
     deadline: float = 0.0
 
 
-def done(job: Job) -> dict[str, Any]:
-    """The figures of a run; a refusal is one, so that it does not end the others."""
-    torch.set_num_threads(1)
-    began = time.time()
+def steps(job: Job) -> Iterator[dict[str, Any] | None]:
+    """A run, step by step: None after each, its figures at the end.
+
+    None at the end, too, if its time was up before it began. A refusal is a figure, so that it does not end the others.
+    """
+    if time.time() > job.deadline:
+        yield None
+        return
+    began, called = time.time(), job.called | {"rate": job.settings.rate}
     try:
-        return job.called | {"rate": job.settings.rate, "seed": job.settings.seed} | _run(job)
+        torch.manual_seed(job.settings.seed)
+        vocabulary = job.settings.task_settings["vocabulary"] if job.settings.task else BYTES
+        config = HybridConfig(vocab_size=vocabulary, max_position_embeddings=job.settings.length, **job.model)
+        model, result = HybridForCausalLM(config).to(job.device), Result()
+        source = rows(job.settings, job.device)
+        for so_far in paced(model, source, job.settings, asked=lambda: time.time() > job.deadline):
+            result = so_far
+            yield None
     except (RegardError, RuntimeError, NotImplementedError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        return job.called | {"rate": job.settings.rate, "ended": "failed", "why": why, "seconds": time.time() - began}
-    finally:
-        if job.device == "cuda":
-            torch.cuda.empty_cache()  # the other processes need it
+        yield called | {"ended": "failed", "why": why, "seconds": time.time() - began}
+        return
+    yield called | {"seed": job.settings.seed, "parameters": model.num_parameters(), **figures(result)}
 
 
-def _run(job: Job) -> dict[str, Any]:
-    settings = job.settings
-    torch.manual_seed(settings.seed)
-    vocabulary = settings.task_settings["vocabulary"] if settings.task else BYTES
-    config = HybridConfig(vocab_size=vocabulary, max_position_embeddings=settings.length, **job.model)
-    model = HybridForCausalLM(config).to(job.device)
-    result = train(model, rows(settings, job.device), settings, asked=lambda: time.time() > job.deadline)
+def figures(result: Result) -> dict[str, Any]:
+    """What is kept of a run."""
     final = {key: value for key, value in result.final.items() if key != "step"}
     ended = "out of time" if result.ended == "asked" else result.ended
     curve = [[round(value, 4) for value in point.values()] for point in result.measured]
-    found = {"ended": ended, "steps": result.step, "seconds": result.seconds, **final}
-    return found | {"parameters": model.num_parameters(), "measured": curve}
+    return {"ended": ended, "steps": result.step, "seconds": result.seconds, **final, "measured": curve}
 
 
 def rows(settings: Settings, device: str) -> Source:
@@ -75,8 +85,9 @@ def sweep(
     workers: int,
     seconds: float,
     again: Callable[[Job, dict[str, Any]], Job | None] = lambda job, found: None,
+    lanes: int = 1,
 ) -> list[dict[str, Any]]:
-    """The figures of `jobs` as they finished, `workers` processes at a time (0: here, one by one).
+    """The figures of `jobs` as they finished, `workers` processes with `lanes` runs each (0: here, one by one).
 
     `again(job, figures)` may name one more run, which waits behind those named before. What has not begun after
     `seconds` is left out, what has not ended then is stopped and says so. Every line is appended at once to
@@ -86,46 +97,90 @@ def sweep(
     partial = Path(os.environ.get("OUT") or tempfile.gettempdir()) / f"partial-{case}.jsonl"
     partial.unlink(missing_ok=True)
     found: list[dict[str, Any]] = []
-    with _executor(workers) as pool:
-        waiting: dict[Future, Job] = {}
-
-        def begin(job: Job) -> None:
-            job = replace(job, deadline=deadline)
-            waiting[pool.submit(_in_time, job)] = job
-
-        for job in jobs:
-            begin(job)
-        while waiting:
-            ended = wait(waiting, return_when=FIRST_COMPLETED).done
-            for future in [one for one in waiting if one in ended]:
-                job, figures = waiting.pop(future), future.result()
-                if figures is None:
-                    continue
-                found.append(figures)
-                with partial.open("a") as file:
-                    file.write(json.dumps(figures) + "\n")
-                if (more := again(job, figures)) is not None:
-                    begin(more)
+    given: list[Job] = []
+    open_runs = 0
+    with _here() if not workers else _processes(workers, lanes) as (ask, ended):
+        waiting = list(jobs)
+        while waiting or open_runs:
+            while waiting:
+                given.append(replace(waiting.pop(0), deadline=deadline))
+                ask((len(given) - 1, given[-1]))
+                open_runs += 1
+            number, figures = ended()
+            open_runs -= 1
+            if figures is None:
+                continue
+            found.append(figures)
+            with partial.open("a") as file:
+                file.write(json.dumps(figures) + "\n")
+            if (more := again(given[number], figures)) is not None:
+                waiting.append(more)
     return found
 
 
-def _in_time(job: Job) -> dict[str, Any] | None:
-    return None if time.time() > job.deadline else done(job)
+# How a job is asked for, by number, and how the next one that has ended is waited for.
+Ways = tuple[Callable[[tuple[int, Job]], None], Callable[[], tuple[int, dict[str, Any] | None]]]
 
 
-def _executor(workers: int) -> Executor:
-    if workers:
-        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    return _Here()
+@contextmanager
+def _here() -> Iterator[Ways]:
+    """One job after the other in this process, when it is waited for."""
+    asked: list[tuple[int, Job]] = []
+
+    def ended() -> tuple[int, dict[str, Any] | None]:
+        number, job = asked.pop(0)
+        *_, last = steps(job)
+        return number, last
+
+    yield asked.append, ended
 
 
-class _Here(Executor):
-    """Runs what is submitted at once, in this process."""
+@contextmanager
+def _processes(count: int, lanes: int) -> Iterator[Ways]:
+    """Several jobs at a time in each of `count` processes, which end with the context."""
+    context = multiprocessing.get_context("spawn")
+    asked, told = context.Queue(), context.Queue()
+    crew = [context.Process(target=_lead, args=(asked, told, lanes), daemon=True) for _ in range(count)]
+    for process in crew:
+        process.start()
 
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
-        future: Future = Future()
-        future.set_result(fn(*args, **kwargs))
-        return future
+    def ended() -> tuple[int, dict[str, Any] | None]:
+        while True:
+            try:
+                return told.get(timeout=1)
+            except Empty:
+                for process in crew:
+                    if not process.is_alive():
+                        raise RuntimeError(f"a process of the sweep ended with {process.exitcode}") from None
+
+    try:
+        yield asked.put, ended
+    finally:
+        for process in crew:
+            process.terminate()
+            process.join()
+
+
+def _lead(asked: Any, told: Any, lanes: int) -> None:
+    """Lead up to `lanes` runs, a step of each in turn, for good."""
+    torch.set_num_threads(1)
+    under_way: dict[int, Iterator[dict[str, Any] | None]] = {}
+    last: dict[int, dict[str, Any] | None] = {}
+    while True:
+        # Others may want the rest: one more at a time.
+        if len(under_way) < lanes:
+            try:
+                number, job = asked.get(block=not under_way)
+                under_way[number] = steps(job)
+            except Empty:
+                pass
+        for number, run in list(under_way.items()):
+            try:
+                last[number] = next(run)
+            except StopIteration:
+                del under_way[number]
+                torch.cuda.empty_cache()  # the other processes need it
+                told.put((number, last.pop(number)))
 
 
 def over_seeds(name: str, values: Sequence[float]) -> dict[str, float | str]:

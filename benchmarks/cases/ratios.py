@@ -49,7 +49,7 @@ def run(
         batch: rows of a step.
         seeds: runs of each.
         seconds: no run begins after that, none goes on.
-        workers: processes side by side; 0: one after the other in this one.
+        workers: processes side by side; 0: one run after the other in this one.
         part: which part of the mixers, from 0; softmax attention is in each.
         parts: into how many parts the mixers are dealt.
     """

@@ -134,6 +134,7 @@ def test_resuming_nothing_says_so(regard_command, tmp_path):
         ([*TASK, "--set", "power=0.0"], "the power of mqar must be above 0"),
         ([*TASK, "--steps", "0"], "setting steps (optimiser steps) must be at least 1, not 0"),
         ([*TASK, "--device", "abacus"], "device 'abacus' cannot be used"),
+        ([*TASK, "--set", "graphs=true"], "graphs=True refuses: graphs are captured on CUDA devices, not on cpu"),
         ([*TASK, "--settings", "absent.yaml"], "settings file 'absent.yaml' cannot be read"),
         ([*TASK, "--settings", "YAML"], "unknown setting of the model 'with'; known: "),
         ([*TASK, "--out", "TEXT"], "is a file or holds another model"),

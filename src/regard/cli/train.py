@@ -134,9 +134,10 @@ def _run(settings: Any, out: Path, resume: bool, tensorboard: bool, device: str 
         raise RegardError(f"{str(out)!r} is a file or holds another model; name a folder of its own with --out DIR")
     if resume and found is None:
         note(f"no checkpoint in {out}: beginning at step 0")
-    source = open_source(settings)
+    on = _device(device)
+    source = open_source(settings, on)
     torch.manual_seed(settings.seed)
-    model = _on(_model(settings.model, source.vocabulary, settings.length), device)
+    model = _model(settings.model, source.vocabulary, settings.length).to(on)
     with ExitStack() as held:
         watchers: list[Any] = [Curves(out / "tensorboard")] if tensorboard else []
         for curves in watchers:
@@ -145,6 +146,8 @@ def _run(settings: Any, out: Path, resume: bool, tensorboard: bool, device: str 
             watchers.append(held.enter_context(Bar()))
         asked = held.enter_context(_interrupts())
         result = loop.train(model, source, settings, out=out, resume=resume, watchers=watchers, asked=asked)
+    if result.eager and on.type == "cuda":
+        note(f"steps were launched one by one: {result.eager}")
     loop.save(model, source, settings, result, out, {"machine": facts.machine(model)})
     return {
         "mixers": ", ".join(settings.model["mixers"]),
@@ -230,13 +233,13 @@ def _model(described: Mapping[str, Any], vocabulary: int, length: int) -> Any:
     return HybridForCausalLM(HybridConfig(vocab_size=vocabulary, max_position_embeddings=length, **words))
 
 
-def _on(model: Any, device: str | None) -> Any:
+def _device(name: str | None) -> Any:
     import torch
 
     try:
-        return model.to(torch.device(device)) if device else model
+        return torch.empty(0, device=name or "cpu").device
     except (RuntimeError, AssertionError) as error:  # torch: no such device, or built without it
-        raise RegardError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise RegardError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager

@@ -1,11 +1,14 @@
 """Where Triton kernels run. Does not import Triton, so that it may be asked anywhere."""
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 OLDEST = 80  # compute capability 8.0: bfloat16, asynchronous copies
+
+_kept: dict[int, Any] = {}
 
 
 def refuses(tensor: Tensor) -> str | None:
@@ -18,3 +21,19 @@ def refuses(tensor: Tensor) -> str | None:
     if find_spec("triton") is None:
         return "kernels need Triton, which is not installed (pip install triton)"
     return None
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device` is being captured as a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def keep_for_graphs(held: Any, device: torch.device) -> Any:
+    """`held`, kept for good if a CUDA graph is being captured.
+
+    A graph reads tensors by address whenever it is replayed. Those made while it is captured are its own; those of a
+    cache, made before, must not be dropped by it.
+    """
+    if capturing(device):
+        _kept[id(held)] = held
+    return held

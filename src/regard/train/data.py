@@ -34,17 +34,20 @@ class Batch:
     places: Tensor | None = None
     answers: Tensor | None = None
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What it is made of: `Batch(*batch.tensors)`."""
+        return tuple(x for x in (self.inputs, self.places, self.answers) if x is not None)
+
     def parts(self, count: int) -> list["Batch"]:
         """The rows in `count` parts."""
-        if self.places is None or self.answers is None:
-            return [Batch(inputs) for inputs in self.inputs.chunk(count)]
-        split = (self.inputs.chunk(count), self.places.chunk(count), self.answers.chunk(count))
-        return [Batch(*part) for part in zip(*split, strict=True)]
+        return [Batch(*part) for part in zip(*(x.chunk(count) for x in self.tensors), strict=True)]
 
     def to(self, device: torch.device) -> "Batch":
-        """The same rows on `device`."""
-        places, answers = (None if x is None else x.to(device) for x in (self.places, self.answers))
-        return Batch(self.inputs.to(device), places, answers)
+        """The same rows on `device`, on their way there: nothing waits for a GPU."""
+        waits = device.type == "cuda" and self.inputs.device.type == "cpu"
+        tensors = (x.pin_memory() for x in self.tensors) if waits else self.tensors
+        return Batch(*(x.to(device, non_blocking=waits) for x in tensors))
 
 
 class Source(Protocol):
@@ -117,20 +120,18 @@ class TextRows:
 
     def batch(self, step: int) -> Batch:
         """The next `settings.batch` rows of the shuffled text."""
-        first, length = step * self.settings.batch, self.settings.length
-        found = []
+        first, length, starts = step * self.settings.batch, self.settings.length, []
         for number in range(first, first + self.settings.batch):
             offset, order = self._reading(number // self.rows)
-            start = offset + int(order[number % self.rows]) * length
-            found.append(self.tokens[start : start + length])
-        return Batch(torch.stack(found))
+            starts.append(offset + order[number % self.rows] * length)
+        return Batch(self.tokens.unfold(0, length, 1)[starts])
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (one source lives as long as its run)
-    def _reading(self, number: int) -> tuple[int, Tensor]:
+    def _reading(self, number: int) -> tuple[int, list[int]]:
         """Where the first row begins in reading `number` of the text, and the order of the rows."""
         generator = stream(self.settings.seed, "reading", number)
         offset = int(torch.randint(self.settings.length, (), generator=generator))
-        return offset, torch.randperm(self.rows, generator=generator)
+        return offset, torch.randperm(self.rows, generator=generator).tolist()
 
     def held_out(self) -> Batch:
         """Up to `settings.held_out` disjoint rows spread over the text's end."""
@@ -140,8 +141,8 @@ class TextRows:
         return Batch(torch.stack([self.rest[i * (length + gap) :][:length] for i in range(count)]))
 
 
-def open_source(settings: Settings) -> Source:
-    """The rows that `settings` ask for.
+def open_source(settings: Settings, device: torch.device | str = "cpu") -> Source:
+    """The rows that `settings` ask for; those of a task are made on `device`, where they are needed.
 
     Raises:
         RegardError: no such file, tokenizer or task; a text too short; settings that the task refuses.
@@ -150,7 +151,7 @@ def open_source(settings: Settings) -> Source:
         words = dict(settings.task_settings)
         if words.setdefault("length", settings.length) != settings.length:
             raise RegardError(f"length is {settings.length}, but task_settings say {words['length']}; say it once")
-        return TaskRows(build(settings.task, **words), settings)
+        return TaskRows(build(settings.task, **words), settings, device)
     said = texts.load(settings.text)
     if settings.tokenizer:
         tokenizer = _tokenizer(settings.tokenizer)

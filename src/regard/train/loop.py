@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.core.errors import RegardError
+from regard.kernels.device import capturing
 from regard.train import checkpoint
 from regard.train.data import Batch, Source
+from regard.train.graphs import Replay, own_stream
 from regard.train.progress import Watcher
 from regard.train.settings import Settings
 
@@ -35,6 +38,7 @@ class Result:
         measured: `step`, `loss` and, of a task, `accuracy` on held-out rows, each time they were measured.
         seconds: spent in the loop.
         ended: `steps` (all done), `target` (the accuracy was reached) or `asked` (somebody asked to stop).
+        eager: why steps were launched one by one, not replayed as a CUDA graph; empty: they were replayed.
     """
 
     step: int = 0
@@ -42,6 +46,7 @@ class Result:
     measured: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
     ended: str = ""
+    eager: str = ""
 
     @property
     def final(self) -> dict[str, float]:
@@ -62,7 +67,8 @@ def train(
     """Train `model` where it is, on the rows of `source`.
 
     Given the settings and the machine, the result is the same every time (on a GPU as far as its kernels are), also
-    if it was continued from a checkpoint; the model's first weights are the caller's.
+    if it was continued from a checkpoint; the model's first weights are the caller's. On CUDA steps and measurements
+    are replayed as graphs, with the same numbers, where they can be: `settings.graphs`, `Result.eager`.
 
     Args:
         model: float32 weights; called as `model(input_ids=[B, L], labels=[B, L])`, which shifts labels itself, or for
@@ -76,11 +82,40 @@ def train(
 
     Raises:
         RegardError: tokens that the model has no row for; `out` holds a run and `resume` is off; a checkpoint of
-            another layout or other settings; a loss that is not finite (no checkpoint is written after it).
+            another layout or other settings; a loss that is not finite (no checkpoint is written after it); steps that
+            cannot be captured though the settings want it.
     """
     run = _Run(model, source, settings, Path(out) if out is not None else None, watchers)
     run.begin(resume)
-    return run.steps(asked)
+    with own_stream(run.device) as apart, apart:
+        return deque(run.steps(asked), maxlen=1)[0]
+
+
+def paced(
+    model: Any,
+    source: Source,
+    settings: Settings,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+    asked: Callable[[], bool] = lambda: False,
+) -> Iterator[Result]:
+    """`train`, a step each time the next result is asked for; the last one is the whole.
+
+    So one thread can lead several runs at once. On CUDA each has a stream of its own, and small models share the device
+    better than one after the other. Those with dropout share its random numbers too: run them alone.
+    """
+    run = _Run(model, source, settings, Path(out) if out is not None else None, watchers)
+    run.begin(resume)
+    steps = run.steps(asked)
+    with own_stream(run.device) as apart:
+        while True:
+            with apart:
+                result = next(steps, None)
+            if result is None:
+                return
+            yield result
 
 
 class _Run:
@@ -94,6 +129,7 @@ class _Run:
         self.told = {"settings": settings.to_json(), "about": source.about}
         self.result = Result()
         self.unread: list[Tensor] = []
+        self.take = Replay(self.launch, self.device, settings.graphs)
 
     def begin(self, resume: bool) -> None:
         """Start at the newest checkpoint, if there is one and it may be used."""
@@ -107,10 +143,12 @@ class _Run:
         state = checkpoint.read(found, self.model, self.optimizer, self.told)
         self.result = Result(**state["result"])
 
-    def steps(self, asked: Callable[[], bool]) -> Result:
-        """Take the steps that are left."""
+    def steps(self, asked: Callable[[], bool]) -> Iterator[Result]:
+        """Take the steps that are left; the result so far after each, and at the end."""
         settings, result = self.settings, self.result
-        held = self.source.held_out()
+        held = self.source.held_out().to(self.device)
+        # Measurements that cannot be captured have the same figures: no reason to refuse a run.
+        look = Replay(lambda: figures(self.model, held), self.device, settings.graphs and None)
         for watcher in self.watchers:
             watcher.begin(result.step, settings.steps)
         self.model.train()
@@ -122,7 +160,7 @@ class _Run:
             if last or stop or result.step % TOLD_EVERY == 0:
                 self.read_losses()
             if last or result.step % settings.evaluate == 0:
-                self.measure(held)
+                self.measure(look)
             result.seconds = before + time.perf_counter() - began
             result.ended = "target" if self.reached() else "steps" if last else "asked" if stop else ""
             if self.out is not None and (result.ended or result.step % settings.checkpoint == 0):
@@ -132,24 +170,39 @@ class _Run:
                 )
             if stop:
                 break
+            yield result
         self.read_losses()
         self.model.eval()
-        return result
+        yield result
 
     def step(self, number: int) -> Tensor:
         """One optimiser step; its loss and the norm of its gradient, not read yet."""
+        rate = self.settings.rate_at(number)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.rate_at(number)
-        batch, count = self.source.batch(number).to(self.device), self.settings.accumulate
-        losses = []
-        for part in batch.parts(count):
-            with self.cast():
-                loss = loss_of(self.model, part)[0] / count
-            loss.backward()
-            losses.append(loss.detach())
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        found = self.take(*self.source.batch(number).to(self.device).tensors)
+        self.result.eager = self.take.why
+        return found
+
+    def launch(self, *tensors: Tensor) -> Tensor:
+        """What a step computes of a batch's `tensors`: no look at a value, the same shapes every time."""
+        for group in self.optimizer.param_groups:
+            # torch warns of such steps where none is captured, and refuses others where one is.
+            group["capturable"] = capturing(self.device)
+        try:
+            losses = []
+            for part in Batch(*tensors).parts(self.settings.accumulate):
+                with self.cast():
+                    loss = loss_of(self.model, part)[0] / self.settings.accumulate
+                loss.backward()
+                losses.append(loss.detach())
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip or math.inf)
+            self.optimizer.step()
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
         return torch.stack((torch.stack(losses).sum(), norm))
 
     def cast(self) -> torch.autocast:
@@ -171,12 +224,12 @@ class _Run:
         for watcher in self.watchers:
             watcher.losses(self.result.step, losses, self.settings.rate_at(self.result.step - 1))
 
-    def measure(self, held: Batch) -> None:
+    def measure(self, look: Callable[[], Tensor]) -> None:
         """Loss and accuracy on held-out rows."""
-        found: dict[str, float] = {"step": self.result.step}
         self.model.eval()
         with torch.no_grad(), self.cast():
-            found |= evaluate(self.model, held)
+            values = look().tolist()
+        found = {"step": self.result.step, **dict(zip(("loss", "accuracy"), values, strict=False))}
         self.model.train()
         self.result.measured.append(found)
         for watcher in self.watchers:
@@ -198,7 +251,9 @@ def optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
     ]
     fused = all(weight.device.type == "cuda" for weight in weights)
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.rate, betas=betas, fused=fused)
+    # A graph reads the rate from where it lies.
+    rate = torch.tensor(settings.rate, device=weights[0].device) if fused else settings.rate
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=betas, fused=fused)
 
 
 def loss_of(model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -224,17 +279,18 @@ def logits_at(model: Any, inputs: Tensor, places: Tensor) -> Tensor:
         hook.remove()
 
 
-def evaluate(model: Any, held: Batch) -> dict[str, float]:
-    """Mean loss on the rows of `held`, and for a task the mean over rows of the fraction answered rightly."""
-    device, losses, right = next(model.parameters()).device, [], []
+def figures(model: Any, held: Batch) -> Tensor:
+    """Mean loss on the rows of `held`, which lie where `model` does, and for a task also the mean over rows of the
+    fraction answered rightly: `[1]` or `[2]`, not read yet.
+    """
+    losses, right = [], []
     for part in held.parts(math.ceil(len(held.inputs) / MEASURED_AT_ONCE)):
-        part = part.to(device)
         loss, said = loss_of(model, part)
         losses.append(loss.float() * len(part.inputs))
         if said is not None:
             right.append((said == part.answers).float().mean(1))
-    found = {"loss": (torch.stack(losses).sum() / len(held.inputs)).item()}
-    return found | ({"accuracy": torch.cat(right).mean().item()} if right else {})
+    loss = torch.stack(losses).sum() / len(held.inputs)
+    return torch.stack([loss, torch.cat(right).mean()] if right else [loss])
 
 
 def save(

@@ -15,7 +15,7 @@ from regard.core.errors import RegardError, choose
 def _setting(default: Any, doc: str, **bounds: Any) -> Any:
     """A field with its meaning and bounds: `low`, `high`, `above`, and `free` if it may change when a run goes on.
 
-    (A text is compared by its tokens, wherever it lies.)
+    (A text is compared by its tokens, wherever it lies.) A field that may be None has a `kind`.
     """
     return field(default=default, metadata={"doc": doc, **bounds})
 
@@ -47,6 +47,9 @@ class Settings:
     beta2: float = _setting(0.95, "decay of AdamW's mean squared gradient", low=0, high=0.99999)
     clip: float = _setting(1.0, "largest norm of the gradient; 0 clips nothing", low=0)
     bf16: bool = _setting(False, "run the model in bfloat16 (autocast); weights stay float32")
+    graphs: bool | None = _setting(
+        None, "replay steps as a CUDA graph; left out: where they can be", free=True, kind=bool
+    )
     seed: int = _setting(0, "of rows and of dropout", low=0)
     evaluate: int = _setting(100, "steps between two measurements on held-out rows", low=1)
     held_out: int = _setting(64, "rows measured on: of the text's last tenth, or fresh ones of a task", low=1)
@@ -130,6 +133,10 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
             raise RegardError(f"setting {one.name} ({one.metadata['doc']}) must hold names and values, not {value!r}")
         return dict(value)
     kind = type(one.default)
+    if one.default is None:
+        if value is None:
+            return value
+        kind = one.metadata["kind"]
     whole_for_real = kind is float and isinstance(value, int) and not isinstance(value, bool)
     if type(value) is not kind and not whole_for_real:
         # YAML reads 1e-3, without a dot, as a word.

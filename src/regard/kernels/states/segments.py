@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from regard.kernels.device import keep_for_graphs
+
 # Anchors (see gates.py) lie this many chunks apart, and segments and sequences begin at one.
 EVERY = 4
 # Programs wanted for each multiprocessor: two run at once and hide each other's latency.
@@ -34,13 +36,17 @@ class Segments:
         self.longest = -(-max(stop - begin for _, begin, stop, _ in rows) // chunk)
 
 
-@functools.lru_cache(maxsize=64)
 def cut(spans: tuple[tuple[int, int, int], ...], chunk: int, programs: int | None, device: torch.device) -> Segments:
     """Segments of `spans` (batch row, start, end), each of which is worked on by `programs` programs.
 
     Sequences are cut where they alone would leave multiprocessors idle, into pieces of at least 16 chunks; never where
-    `programs` is None.
+    `programs` is None. The first call for some spans copies a table to the device and waits for it.
     """
+    return keep_for_graphs(_cut(spans, chunk, programs, device), device)
+
+
+@functools.lru_cache(maxsize=64)
+def _cut(spans: tuple[tuple[int, int, int], ...], chunk: int, programs: int | None, device: torch.device) -> Segments:
     cores = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     longest = max(end - start for _, start, end in spans)
     tokens = sum(end - start for _, start, end in spans)

@@ -20,13 +20,14 @@ class ShortConv(nn.Module):
         channels: C.
         kernel: K.
         name: under which its inputs are remembered.
+        silu: False: the sum itself ([153]).
     """
 
-    def __init__(self, channels: int, kernel: int, name: str):
+    def __init__(self, channels: int, kernel: int, name: str, *, silu: bool = True):
         super().__init__()
         if kernel < 1:
             raise RegardError(f"the kernel of a short convolution is 1 or more, got {kernel}")
-        self.channels, self.kernel, self.name = channels, kernel, name
+        self.channels, self.kernel, self.name, self.silu = channels, kernel, name, silu
         self.weight = nn.Parameter(self.initial()["weight"])
 
     def initial(self) -> dict[str, Tensor]:
@@ -44,16 +45,19 @@ class ShortConv(nn.Module):
     ) -> Tensor:
         """`x [B, T, C]`, `mask [B, T]` bool: `y [B, T, C]`."""
         if cu_seqlens is not None:
-            return F.silu(self._packed(x, cu_seqlens))
+            return self._out(self._packed(x, cu_seqlens))
         if mask is None:
-            return F.silu(self._run(x, memory, None))
+            return self._out(self._run(x, memory, None))
         if x.shape[1] == 1:
-            return F.silu(self._run(x, memory, mask.sum(1)) * mask[..., None])
+            return self._out(self._run(x, memory, mask.sum(1)) * mask[..., None])
         # Real tokens first, in their order, then back: so padding on either side and in the middle is skipped.
         order = (~mask).to(torch.int8).argsort(dim=1, stable=True)[..., None]
         y = self._run(x.take_along_dim(order, dim=1), memory, mask.sum(1))
         back = torch.zeros_like(y).scatter(1, order.expand_as(y), y)
-        return F.silu(back * mask[..., None])
+        return self._out(back * mask[..., None])
+
+    def _out(self, y: Tensor) -> Tensor:
+        return F.silu(y) if self.silu else y
 
     def _run(self, x: Tensor, memory: Memory | None, lengths: Tensor | None) -> Tensor:
         """The plain convolution of `x`, whose rows have `lengths [B]` real tokens (None: all)."""

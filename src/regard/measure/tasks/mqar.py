@@ -80,7 +80,7 @@ class Mqar(Task):
         half, where = self.vocabulary // 2, generator.device
         keys = 1 + distinct(count, self.pairs, half - 1, generator)
         values = half + distinct(count, self.pairs, self.vocabulary - half, generator)
-        chances = torch.as_tensor(self.chances, dtype=torch.float32, device=where)
+        chances = torch.as_tensor(self.chances, dtype=torch.float32).to(where, non_blocking=True)
         # The first of competing exponential clocks are draws without replacement, in order.
         clocks = torch.empty(count, len(chances), device=where).exponential_(generator=generator) / chances
         gaps = clocks.topk(self.pairs, largest=False).indices

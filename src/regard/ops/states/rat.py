@@ -186,6 +186,8 @@ def _read(
     q, own = (x.reshape(*shape, D).transpose(1, 2) for x in (q, values))
     scores = scores.reshape(shape).transpose(1, 2)
     k, v = (x.reshape(B * H, 1, shape[1], D) for x in ends)
+    if q.is_cuda and own_refuses(q, k, v) is not None:  # float32: torch's kernel has no grouped heads
+        k, v = k.repeat(1, q.shape[1], 1, 1), v.repeat(1, q.shape[1], 1, 1)
     past = state is not None and not (isinstance(laid.first, int) and laid.first == 0)
     if not past and backend == "auto" and own_refuses(q, k, v) is None:
         out = with_own(q, k, v, scores, own, scale=D**-0.5)
@@ -242,8 +244,6 @@ def _check(
             raise RegardError(f"the state holds one entry for {state.chunk} tokens, this call wants chunk={chunk}")
         wanted = (v.shape[1], -(-state.seen // chunk), v.shape[3])
         if tuple(state.keys.shape[1:]) != wanted or state.values.shape != state.keys.shape:
-            raise RegardError(
-                f"entries of the state must be [B, H, S, D] = [B, {wanted}], got {list(state.keys.shape)}"
-            )
+            raise RegardError(f"entries of the state must be {wanted} after the batch, got {list(state.keys.shape)}")
     if (check or (check is None and gate.device.type == "cpu")) and not bool(((gate >= 0) & (gate <= 1)).all()):
         raise RegardError(f"gates must lie in 0..1, got {gate.min().item():.4g} to {gate.max().item():.4g}")
