@@ -92,21 +92,9 @@ def decode(
     softcap: float | None = None,
     workers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as `ops.decode.decode` defines it. Nothing is checked: ask `refuses` first.
+    """Attention as `ops.decode.decode` defines it, argument by argument. Nothing is checked: ask `refuses` first.
 
     Args:
-        q: `[B, H, T, D]`, any strides.
-        k: `[B, Hk, S, D]`, or pools of pages `[P, Hk, page, D]` with `pages`; any strides but the last.
-        v: as `k`, with `Dv`.
-        scale: of the scores.
-        lengths: `[B]` int32 or int64, keys of each request, the new ones included; None: all there is room for.
-        pages: `[B, n]` int32 or int64.
-        positions: `[1|B, 1|Hk, S]` integers; negative: not a key. None: consecutive, the last query at `length - 1`.
-        q_positions: `[1|B, T]`; given with `positions`.
-        sink: with `recent`, positions below it are seen whatever their distance.
-        recent: positions a query may look back, its own included; None: all.
-        causal: False: every query sees every key.
-        softcap: of the scores.
         workers: programs, each with an equal share of the tiles; None: as many as run at once.
 
     Returns:
@@ -132,7 +120,9 @@ def decode(
         q.stride(), k.stride(), v.stride(),
         GROUP=group, D=D, DV=Dv, BLOCK_D=_power(D), BLOCK_V=_power(Dv), ROWS=max(16, real), REAL=real,
         TILE=chosen.tile, PAGE=None if pages is None else k.shape[2],
-        CUT=causal and (T > 1 or positions is not None), num_warps=chosen.warps, num_stages=chosen.stages,
+        CUT=causal and (T > 1 or positions is not None), num_warps=chosen.warps,
+        # Loads that wait for an entry of the page table take a stage more each.
+        num_stages=chosen.stages if pages is None else 2 * chosen.stages - 1,
     )  # fmt: skip
     if not fused:
         _merge[(B * Hk, T * group)](
