@@ -1,7 +1,8 @@
 """Exact attention over any `Pattern`, on the fastest path that computes exactly that.
 
 `reference` (`primitives/reference.py`) is the definition. `sdpa` runs torch's fused kernels with their lse
-and skips the keys that a pattern of finite reach cannot see. A named backend never falls back.
+and skips the keys that a pattern of finite reach cannot see. `decode` reads every key once for few queries, on a GPU
+(`ops/decode.py`). A named backend never falls back.
 """
 
 from typing import Any
@@ -14,6 +15,7 @@ from regard.core.errors import choose as one_of
 from regard.core.pattern import Pattern
 from regard.core.rules import FOR_EVER, Causal, Rule, covers
 from regard.core.shapes import group_size
+from regard.ops import decode as decoding
 from regard.primitives.merge import merge
 from regard.primitives.reference import reference
 from regard.primitives.sdpa import fused, refuses
@@ -22,7 +24,7 @@ from regard.primitives.sweep import sweep, visible
 __all__ = ["attend", "choose", "merge"]
 
 Part = tuple[Tensor, Tensor]
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "decode")
 
 
 def choose(
@@ -30,11 +32,15 @@ def choose(
     k: Tensor,
     v: Tensor,
     *,
+    pattern: Pattern | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    aligned: bool = True,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """The backend that `attend` would run, and why: `("reference" | "sdpa", reason)`.
+    """The backend that `attend` would run, and why: `("reference" | "sdpa" | "decode", reason)`.
+
+    `aligned` says that no positions are given.
 
     Raises:
         RegardError: no such backend, or a named one refuses the call; the message says why.
@@ -43,6 +49,12 @@ def choose(
         one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
+    if backend in ("auto", "decode"):
+        reason = decoding.serves(q, k, v, pattern=pattern, bias=bias, aligned=aligned)
+        if reason is None:
+            return "decode", "asked for" if backend == "decode" else "few queries over many keys: each is read once"
+        if backend == "decode":
+            raise RegardError(f"backend 'decode' refuses: {reason}. Use backend='reference' or 'auto'")
     reason = refuses(q, k, v, bias=bias, softcap=softcap)
     if backend == "sdpa" and reason is not None:
         raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")
@@ -81,7 +93,7 @@ def attend(
         k_positions: integer `[1|B, S]` or `[1|B, Hk, S]`, in any order; None: `0..S-1`. Negative ones are
             padding: such keys are not seen, such queries are empty rows.
         empty: a row that sees nothing gives out 0 and lse -inf ("zero"), or an error ("raise").
-        backend: "auto", "reference" or "sdpa".
+        backend: "auto", "reference", "sdpa" or "decode".
 
     Returns:
         out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow
@@ -93,13 +105,16 @@ def attend(
     if empty not in ("zero", "raise"):
         one_of("choice for empty rows", empty, ("zero", "raise"))
     _check(q, k, v, pattern, bias, causal, q_positions, k_positions)
-    name, _ = choose(q, k, v, bias=bias, softcap=softcap, backend=backend)
+    aligned = q_positions is None and k_positions is None
+    name, _ = choose(q, k, v, pattern=pattern, bias=bias, softcap=softcap, aligned=aligned, backend=backend)
     if pattern is None and causal:
         pattern = Pattern.causal()
     call = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
     if backend == "reference" or 0 in (*q.shape, k.shape[2]):
         mask = visible(pattern, *_positions(q, k, pattern, q_positions, k_positions))
         out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
+    elif name == "decode":
+        out, lse = decoding.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
     else:
         out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
     if empty == "raise":
