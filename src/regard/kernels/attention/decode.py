@@ -37,7 +37,7 @@ class Launch(NamedTuple):
     programs: int
 
 
-# By bytes of a key and a value of one token together, up to.
+# By bytes of a key and its value together, rounded up to a power of two.
 LAUNCHES = {
     256: Launch(128, 3, 4, 2),
     512: Launch(64, 3, 4, 2),
@@ -49,7 +49,7 @@ LAUNCHES = {
 def launch(k: Tensor, v: Tensor) -> Launch:
     """The configuration for these keys and values."""
     size = k.element_size() * (_power(k.shape[-1]) + _power(v.shape[-1]))
-    return LAUNCHES[max(size, min(LAUNCHES))]
+    return LAUNCHES[max(_power(size), min(LAUNCHES))]
 
 
 def workers(k: Tensor, v: Tensor) -> int:
