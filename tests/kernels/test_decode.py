@@ -70,12 +70,12 @@ def test_sizes_and_dtypes(dtype, D, Dv):
 
 def test_ragged_requests_and_empty_ones():
     lengths = torch.tensor([0, 1, 129, 64, 0, 200], dtype=torch.int32)
-    check(*made(3, 6, 4, 2, 1, 200, 32), workers=7, lengths=lengths)
-    check(*made(3, 6, 4, 2, 1, 200, 32), workers=7, lengths=torch.zeros(6, dtype=torch.int32))
+    check(*made(3, 6, 2, 2, 1, 200, 16), workers=7, lengths=lengths)
+    check(*made(3, 6, 2, 2, 1, 200, 16), workers=7, lengths=torch.zeros(6, dtype=torch.int32))
 
 
 def test_more_requests_than_are_looked_at_in_one_go():
-    check(*made(4, 140, 1, 1, 1, 5, 16), workers=9, lengths=torch.arange(140) % 6)
+    check(*made(4, 133, 1, 1, 1, 5, 16), workers=1, lengths=torch.arange(133) % 6)
 
 
 @pytest.mark.parametrize("size", [16, 48])

@@ -119,10 +119,11 @@ def decode(
         # Small pages take two loads one after the other, and a stage for each.
         num_warps=chosen.warps, num_stages=2 * chosen.stages - 1 if scattered else chosen.stages,
     )  # fmt: skip
-    _merge[(B * Hk, T * group)](
-        out, lse, part, lengths, B, Hk, room, T, programs,
-        GROUP=group, DV=Dv, BLOCK_V=_power(Dv), TILE=chosen.tile, EARLY=early, num_warps=4, launch_pdl=early,
-    )  # fmt: skip
+    if programs > 1:
+        _merge[(B * Hk, T * group)](
+            out, lse, part, lengths, B, Hk, room, T, programs,
+            GROUP=group, DV=Dv, BLOCK_V=_power(Dv), TILE=chosen.tile, EARLY=early, num_warps=4, launch_pdl=early,
+        )  # fmt: skip
     return out, lse
 
 
