@@ -159,12 +159,24 @@ def test_attend_says_why_it_does_not_decode():
     q, k, v = drawn(0, S=600)
     for pattern, bias, words in [
         (Pattern.predicate(lambda q, k, h: k < 3), None, "not predicate"),
+        (Pattern.window(3) & Pattern.sink(2), None, "not window 3 & sink 2"),
         (Pattern.stack_heads([Pattern.window(3), Pattern.causal()]), None, "the same in all heads"),
-        (Pattern.sink(2) | Pattern.window(5), None, "skips most of the 600 keys"),
         (None, torch.zeros(1), "no bias"),
         (None, None, "not on cpu"),
     ]:
         assert words in decoding.serves(q, k, v, pattern=pattern, bias=bias)
         with pytest.raises(RegardError, match="backend 'decode' refuses"):
             attend(q, k, v, pattern=pattern, bias=bias, backend="decode")
-    assert "9 keys are few" in decoding.serves(q, k[:, :, :9], v[:, :, :9], pattern=None)
+
+
+def test_attend_leaves_to_others_what_they_do_better():
+    q, k, _ = drawn(0, T=1, S=600)
+    short, stream = Pattern.window(5), Pattern.sink(2) | Pattern.window(5)
+    assert "9 keys are few" in decoding.yields(q, k[:, :, :9], pattern=None)
+    assert "skips most of the 600 keys" in decoding.yields(q, k, pattern=stream)
+    assert "launched sooner" in decoding.yields(q, k, pattern=None)
+    assert "launched sooner" in decoding.yields(q, k, pattern=Pattern.window(600))
+    assert decoding.yields(q, k, pattern=stream, aligned=False) is None
+    assert decoding.yields(q, k, pattern=short) is None
+    assert decoding.yields(drawn(0, T=2, S=600)[0], k, pattern=None) is None
+    assert decoding.yields(q.float(), k, pattern=None) is None

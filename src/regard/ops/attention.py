@@ -50,11 +50,13 @@ def choose(
     if backend == "reference":
         return "reference", "asked for"
     if backend in ("auto", "decode"):
-        reason = decoding.serves(q, k, v, pattern=pattern, bias=bias, aligned=aligned)
-        if reason is None:
-            return "decode", "asked for" if backend == "decode" else "few queries over many keys: each is read once"
-        if backend == "decode":
+        reason = decoding.serves(q, k, v, pattern=pattern, bias=bias)
+        if backend == "decode" and reason is not None:
             raise RegardError(f"backend 'decode' refuses: {reason}. Use backend='reference' or 'auto'")
+        if backend == "decode":
+            return "decode", "asked for"
+        if reason is None and decoding.yields(q, k, pattern=pattern, aligned=aligned) is None:
+            return "decode", "few queries over many keys: each is read once"
     reason = refuses(q, k, v, bias=bias, softcap=softcap)
     if backend == "sdpa" and reason is not None:
         raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")

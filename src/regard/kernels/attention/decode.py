@@ -2,9 +2,8 @@
 
 All query rows of a KV head (its group of heads, times the new tokens) are the rows of one tile. A worker walks its
 interval of the line of key tiles; where an output ends in it, it writes what it found. A second launch joins the pieces
-of outputs that several workers read; it is under way before the first has ended, and then waits. (Joining by whoever
-comes last, in the first launch, took 7 us longer: a single program read all pieces.) Nothing is read back and no size
-depends on the lengths, so a CUDA graph may be replayed while they grow.
+of outputs that several workers read. Nothing is read back and no size depends on the lengths, so a CUDA graph may be
+replayed while they grow.
 
 Bytes: all keys and values once. FLOPs: `4 T H S D`, on rows padded to 16: a tenth of the card's at most.
 """
@@ -16,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from regard.kernels import device
 from regard.kernels.attention import intervals
@@ -108,21 +106,21 @@ def decode(
     part = torch.empty(programs * 2 * T * group * (Dv + 2), dtype=torch.float32, device=q.device)
     room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     at = (0, 0, 0) if positions is None else _strides(positions if positions.dim() == 3 else positions[:, None])
-    early, scattered = _overlaps(q.device), pages is not None and k.shape[2] % chosen.tile != 0
+    scattered = pages is not None and k.shape[2] % chosen.tile != 0
     _decode[(programs,)](
         q, k, v, out, lse, part, lengths, pages, positions, q_positions, B, Hk, room, T, scale, softcap, sink, recent,
         0 if pages is None else pages.stride(0), *at, 0 if q_positions is None else _strides(q_positions)[0],
         q.stride(), k.stride(), v.stride(),
         GROUP=group, D=D, DV=Dv, BLOCK_D=_power(D), BLOCK_V=_power(Dv), ROWS=max(16, _power(T * group)),
         TILE=chosen.tile, PAGE=None if pages is None else k.shape[2],
-        CUT=causal and (T > 1 or positions is not None or q_positions is not None), EARLY=early,
+        CUT=causal and (T > 1 or positions is not None or q_positions is not None),
         # Small pages take two loads one after the other, and a stage for each.
         num_warps=chosen.warps, num_stages=2 * chosen.stages - 1 if scattered else chosen.stages,
     )  # fmt: skip
     if programs > 1:
         _merge[(B * Hk, T * group)](
             out, lse, part, lengths, B, Hk, room, T, programs,
-            GROUP=group, DV=Dv, BLOCK_V=_power(Dv), TILE=chosen.tile, EARLY=early, num_warps=4, launch_pdl=early,
+            GROUP=group, DV=Dv, BLOCK_V=_power(Dv), TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
 
@@ -144,12 +142,6 @@ def _cores(where: torch.device) -> int:
     return torch.cuda.get_device_properties(where).multi_processor_count
 
 
-@functools.cache
-def _overlaps(where: torch.device) -> bool:
-    """Whether a kernel may be started before the one it waits for has ended."""
-    return where.type == "meta" or (where.type == "cuda" and torch.cuda.get_device_capability(where) >= (9, 0))
-
-
 # Triton's interpreter multiplies bfloat16 as if it were integers; its values are exact in float32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What changes from call to call and must not compile anew.
@@ -161,11 +153,9 @@ def _decode(
     Q, K, V, OUT, LSE, PART, LENGTHS, PAGES, POSITIONS, ASKED,
     batch, heads, room, T, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row, sq, sk, sv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr, EARLY: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """One worker: its interval of the line, output after output."""
-    if EARLY:
-        gdc_launch_dependents()
     worker, workers = tl.program_id(0), tl.num_programs(0)
     whole = heads * intervals.before(LENGTHS, batch, room, TILE)
     place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
@@ -202,12 +192,10 @@ def _decode(
             k_at = K + page.to(tl.int64) * sk[0] + head * sk[1] + slot.to(tl.int64) * sk[2]
             v_at = V + page.to(tl.int64) * sv[0] + head * sv[1] + slot.to(tl.int64) * sv[2]
             k = tl.load(k_at[None, :] + width[:, None], mask=inside[None, :] & (width < D)[:, None], other=0.0)
-            s = _product(q, k) * scale
-            if softcap is not None:
-                s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+            s = _capped(_product(q, k) * scale, softcap) * 1.4426950408889634
             if POSITIONS is not None:
                 at = tl.load(POSITIONS + row * at_row + head * at_head + at * at_key, mask=inside, other=-1)
-            s = tl.where(_seen(asked, at, inside, sink, recent, CUT), s * 1.4426950408889634, -float("inf"))
+            s = tl.where(_seen(asked, at, inside, sink, recent, CUT), s, -float("inf"))
             top = tl.maximum(peak, tl.max(s, 1))
             shift = tl.where(top == -float("inf"), 0.0, top)
             p = tl.exp2(s - shift[:, None])
@@ -232,6 +220,14 @@ def _product(a, b):
 
 
 @triton.jit
+def _capped(s, softcap):
+    """`softcap * tanh(s / softcap)`, or `s` itself."""
+    if softcap is not None:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+    return s
+
+
+@triton.jit
 def _seen(asked, at, inside, sink, recent, CUT: tl.constexpr):
     """Which of the keys at positions `at` the rows at positions `asked` see."""
     seen = (inside & (at >= 0))[None, :] & (asked >= 0)[:, None]
@@ -245,7 +241,7 @@ def _seen(asked, at, inside, sink, recent, CUT: tl.constexpr):
 @triton.jit(do_not_specialize=["batch", "heads", "room", "T", "workers"])
 def _merge(
     OUT, LSE, PART, LENGTHS, batch, heads, room, T, workers,
-    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr, EARLY: tl.constexpr,
+    GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One query row of one output, joined from its pieces; outputs that one worker read are written already."""
     row, head, line = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
@@ -253,8 +249,6 @@ def _merge(
     tiles = intervals.counted(intervals.keys(LENGTHS, row, room), TILE)
     begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
     low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
-    if EARLY:
-        gdc_wait()
     if low < high:
         count, columns = T * GROUP, tl.arange(0, BLOCK_V)
         STATS = PART + workers.to(tl.int64) * 2 * count * DV
