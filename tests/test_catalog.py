@@ -85,7 +85,7 @@ def test_one_stem_at_two_sites_must_be_told_apart(tmp_path):
 def test_what_is_called_cannot_be_attached():
     called = {name for name, entry in catalog.entries().items() if set(entry.verbs) & set(catalog.CALLED)}
     assert set(catalog.entries()) - set(catalog.attachable()) == called
-    assert {"kda", "fusemax"} < called
+    assert {"kda", "fusemax", "neighbourhood"} < called
     for name in ("duo", "s2"):
         assert name not in called
         catalog.find(name).refuse_unattachable()
@@ -96,6 +96,7 @@ def test_what_is_called_cannot_be_attached():
     [
         ("kda", r"'kda' replaces the product .* trained for softmax; train a model with it \(`regard train`\)"),
         ("lla", r"'lla' replaces the product .*; call `regard.ops.states.lla.scan`"),
+        ("neighbourhood", r"needs a grid or the types .*; call `regard.ops.masks.neighbourhood.pattern`"),
         ("fusemax", r"is a whole attention of its own.*; call `regard.ops.schedules.fusemax.attend`"),
     ],
 )
