@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
+from regard.core.rules import Numbers, Pair, Rule
 
 Value = TypeVar("Value", int, bool)
 # `span(u, n)`: first and last key index that the query at index u of n sees. Neither falls where u or n grows.
@@ -133,8 +134,8 @@ def tiling(grid: Sequence[int], box: int | Sequence[int], dilation: int | Sequen
 
 
 @dataclass(frozen=True)
-class Windows:
-    """Keys inside a window of the query on every axis, over the slots of `tiling`; a predicate with its `cover`.
+class Windows(Rule):
+    """Keys inside a window of the query on every axis, over the slots of `tiling`.
 
     Args:
         tiling: which cell a position is.
@@ -146,7 +147,7 @@ class Windows:
     dilation: tuple[int, ...]
     spans: tuple[Span, ...]
 
-    def __call__(self, q: Tensor, k: Tensor, head: Tensor | None = None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether queries in slots `q` see keys in slots `k`, elementwise."""
         seen = (q >= 0) & (k >= 0) & (q < self.tiling.slots) & (k < self.tiling.slots)
         axes = zip(self.tiling.cells(q), self.tiling.cells(k), self.tiling.grid, self.dilation, self.spans, strict=True)
@@ -156,7 +157,7 @@ class Windows:
             seen = seen & (y % d == residue) & (first <= index) & (index <= last) & (x < size) & (y < size)
         return seen
 
-    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple[Tensor, Tensor]:
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
         """Whether any, and whether all queries of slots `q_low..q_high` may see keys of slots `k_low..k_high`."""
         top = self.tiling.slots
         some = (q_high >= 0) & (k_high >= 0) & (q_low < top) & (k_low < top)
@@ -175,6 +176,38 @@ class Windows:
             reached = (span(u_high, longest)[0] <= v_low) & (v_high <= span(u_low, longest)[1])
             every = every & one & inside & reached
         return some, some & every
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        """How cells lie in both blocks, and the edges of windows that cut them, by axis."""
+        if not q_low.numel():
+            return ()
+        rows, real, of_row = self._runs(q_low, q_high)
+        keys, shown, of_key = self._runs(k_low, k_high)
+        looks, shows, numbers = [real], [shown], []
+        axes = (self.tiling.cells(rows), self.tiling.cells(keys), self.tiling.grid, self.dilation, self.spans)
+        for x, y, size, d, span in zip(*axes, strict=True):
+            real, shown = real & (x < size), shown & (y < size)
+            residue, u, v = x % d, x // d, y // d
+            start, other = u[:, :1], v[:, :1]
+            looks.append(residue.where(real, -1))
+            shows += [(y % d).where(shown, -1), (v - other).where(shown, -1)]
+            apart = start[of_row, 0] - other[of_key, 0]
+            first, last = span(u, (size - residue + d - 1) // d)
+            # An edge that no key of the block is beyond cuts nothing, wherever it lies.
+            late = first.where(real, -1).amax(1)[of_row] > v.where(shown, size).amin(1)[of_key]
+            early = last.where(real, size).amin(1)[of_row] < v.where(shown, -1).amax(1)[of_key]
+            for edge, cuts in ((first, late), (last, early)):
+                shape = _classes((edge - start).where(real, 0))[of_row]
+                numbers += [shape.where(cuts, -1), apart.where(cuts, 0)]
+        ways = (_classes(torch.cat(looks, 1))[of_row], _classes(torch.cat(shows, 1))[of_key])
+        return tuple(number.view_as(q_low) for number in (*ways, *numbers))
+
+    def _runs(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The slots of each different run `low..high`, `[n, longest]`, which of them there are, and the run of each."""
+        runs, back = (low.long() * 2**32 + high).flatten().unique(return_inverse=True)
+        first, last = (runs // 2**32)[:, None], (runs % 2**32)[:, None]
+        slots = first + torch.arange(int((last - first).max()) + 1, device=low.device)
+        return slots, (slots <= last) & (slots < self.tiling.slots), back
 
     def _boxes(self, low: Tensor, high: Tensor) -> list[tuple[Range, Range]]:
         """`Tiling.hull` in residues and indices of this pattern's dilation."""
@@ -196,15 +229,14 @@ class Windows:
         return f"windows on {'x'.join(map(str, self.tiling.grid))}: {', '.join(map(repr, self.spans))}"
 
 
+def _classes(rows: Tensor) -> Tensor:
+    """Which rows of a matrix are equal, as numbers `[rows]`."""
+    return rows.unique(dim=0, return_inverse=True)[1]
+
+
 def windows(
     grid: tuple[int, ...], spans: Sequence[Span], dilation: Sequence[int], box: int | Sequence[int] | None
 ) -> Pattern:
     """A Pattern over the tokens of `grid`: one window an axis, two-sided; over slots in tiles of `box` where given."""
     numbering = raster(grid) if box is None else tiling(grid, box, dilation)
-    return _pattern(Windows(numbering, tuple(dilation), tuple(spans)))
-
-
-# Methods are equal only where their objects are the same, and block lists are kept by equal patterns.
-@lru_cache(32)
-def _pattern(rule: Windows) -> Pattern:
-    return Pattern.predicate(rule, causal=False, cover=rule.cover)
+    return Pattern((Windows(numbering, tuple(dilation), tuple(spans)),), cut=False)

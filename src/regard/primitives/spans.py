@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
+from regard.core.rules import Pair, Rule
 
 Span = tuple[int, int]
 # Past every position, and still a number that int32 holds.
@@ -54,17 +55,17 @@ def touches(low: Tensor, high: Tensor, span: Span) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rectangle:
-    """Queries in `rows` see keys in `keys`, on both sides of the diagonal; a predicate with its `cover`."""
+class Rectangle(Rule):
+    """Queries in `rows` see keys in `keys`, on both sides of the diagonal."""
 
     rows: Span
     keys: Span
 
-    def __call__(self, q: Tensor, k: Tensor, head: Tensor | None = None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether queries at `q` see keys at `k`, elementwise."""
         return (q >= self.rows[0]) & (q < self.rows[1]) & (k >= self.keys[0]) & (k < self.keys[1])
 
-    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple[Tensor, Tensor]:
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
         """Whether any, and whether all pairs of positions `q_low..q_high` and `k_low..k_high` are allowed."""
         every = self(q_low, k_low) & self(q_high, k_high)
         return touches(q_low, q_high, self.rows) & touches(k_low, k_high, self.keys), every
@@ -76,5 +77,4 @@ class Rectangle:
 
 def rectangle(rows: Span, keys: Span) -> Pattern:
     """The two-sided Pattern in which queries of `rows` see keys of `keys`, and no others see anything."""
-    rule = Rectangle(rows, keys)
-    return Pattern.predicate(rule, causal=False, cover=rule.cover)
+    return Pattern((Rectangle(rows, keys),), cut=False)

@@ -37,10 +37,10 @@ def brute(grid, *axes):
 
 
 @st.composite
-def settings_of_a_grid(draw):
+def settings_of_a_grid(draw, tops=(14, 7, 4)):
     """A grid of one to three axes and legal options for it."""
     axes = draw(st.integers(1, 3))
-    top = {1: 14, 2: 7, 3: 4}[axes]
+    top = tops[axes - 1]
     grid = tuple(draw(st.integers(2, top)) for _ in range(axes))
     dilation = tuple(draw(st.integers(1, n // 2)) for n in grid)
     kernel = tuple(draw(st.integers(2, n // d)) for n, d in zip(grid, dilation, strict=True))
@@ -72,6 +72,17 @@ def test_covers_are_sound(chosen, rows, keys):
     is_covered(neighbourhood.pattern(grid, kernel, **options), math.prod(grid), rows, keys)
     slots = len(neighbourhood.tiles(grid, box, dilation)[0])
     is_covered(neighbourhood.pattern(grid, kernel, box=box, **options), slots, rows, keys)
+
+
+@settings(max_examples=40, deadline=None)
+@given(settings_of_a_grid((300, 18, 8)), st.sampled_from([(16, 32), (32, 64), (128, 128)]), st.booleans())
+def test_block_lists_say_what_masks_say(chosen, size, tiled):
+    """Blocks that are cut alike share what they are cut by; a wrong guess at which are would show here."""
+    grid, kernel, dilation, stride, causal, box = chosen
+    options = {"dilation": dilation, "stride": stride, "causal": causal, "box": box if tiled else None}
+    pattern = neighbourhood.pattern(grid, kernel, **options)
+    slots = len(neighbourhood.tiles(grid, box, dilation)[0]) if tiled else math.prod(grid)
+    assert torch.equal(build(pattern, slots, slots, size).to_dense()[0, 0], dense(pattern, slots))
 
 
 @pytest.mark.parametrize(("grid", "box"), [((24,), 4), ((12, 8), (4, 2)), ((4, 6, 8), (2, 2, 4))])

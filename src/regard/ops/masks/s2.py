@@ -8,6 +8,7 @@ from regard.core.card import Card, Option
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Where
+from regard.core.rules import Pair, Rule
 
 CARD = Card(
     title="Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention Heads",
@@ -112,11 +113,11 @@ def bidirectional(
             raise RegardError(f"'s2' needs {name} of at least {low}, got {value}")
     step = 0 if homogeneous else max(1, stride // heads)
     rules = [BothSides(block, local, stride, head * step + offset) for head in range(heads)]
-    return Pattern.stack_heads(Pattern.predicate(rule, causal=False, cover=rule.cover) for rule in rules)
+    return Pattern.stack_heads(Pattern((rule,), cut=False) for rule in rules)
 
 
 @dataclass(frozen=True)
-class BothSides:
+class BothSides(Rule):
     """One head of `bidirectional`."""
 
     block: int
@@ -124,11 +125,11 @@ class BothSides:
     stride: int
     phase: int
 
-    def __call__(self, q: Tensor, k: Tensor, head: Tensor | None = None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         """Whether queries at `q` see keys at `k`, elementwise."""
         return self.cover(q, q, k, k)[0]
 
-    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> tuple[Tensor, Tensor]:
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
         """Whether any, and whether all pairs of positions `q_low..q_high` and `k_low..k_high` are allowed."""
         left, right = self.local
         least, most = k_low // self.block - q_high // self.block, k_high // self.block - q_low // self.block
