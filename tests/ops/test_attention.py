@@ -142,12 +142,13 @@ def test_fused_kernels_equal_the_reference(T, S, pattern, placed, biased, block)
 
 
 @pytest.mark.parametrize("length", [6, 7, 8, 9])
-def test_a_pattern_is_causal_exactly_as_long_as_it_covers_all(length):
+@pytest.mark.parametrize("pattern", [LOCAL, Pattern.window(2, block=4), Pattern.sink(3) | Pattern.window(2, block=3)])
+def test_a_pattern_is_causal_exactly_as_long_as_it_covers_all(pattern, length):
     """`sink 2 | window 5` forgets its first key at length 8; up to 7 the plain causal kernel may run."""
     q, k, v = inputs(length, length)
-    agree(attend(q, k, v, pattern=LOCAL, backend="sdpa"), attend(q, k, v, pattern=LOCAL, backend="reference"))
+    agree(attend(q, k, v, pattern=pattern, backend="sdpa"), attend(q, k, v, pattern=pattern, backend="reference"))
     last = q[:, :, -1:]
-    agree(attend(last, k, v, pattern=LOCAL), attend(last, k, v, pattern=LOCAL, backend="reference"))
+    agree(attend(last, k, v, pattern=pattern), attend(last, k, v, pattern=pattern, backend="reference"))
 
 
 def test_full_attention_with_a_bias_in_blocks_sees_later_keys(monkeypatch):
