@@ -75,6 +75,12 @@ class BlockList:
         """Bytes held."""
         return sum(t.nbytes for t in (self.full, self.count, self.index, self.part, self.bounds, self.bits))
 
+    @cached_property
+    def density(self) -> float:
+        """Share of the blocks of rows x keys that are listed, mean over lists; reads the device once."""
+        row_blocks, key_blocks = self.blocks
+        return self.count.sum().item() / (self.count.shape[0] * self.count.shape[1] * row_blocks * key_blocks)
+
     def turned(self) -> "BlockList":
         """The same by block of keys, or back; made once."""
         return self._turned
