@@ -64,3 +64,21 @@ def rat() -> None:
         bias = _empty(H * D, dtype=dtype).requires_grad_()
         y = mix(joined, bias, heads=H, groups=G, chunk=16, base=base)
         y.backward(torch.empty_like(y))
+
+
+def decode() -> None:
+    from regard.kernels.attention.decode import decode
+
+    def ints(*shape: int) -> Tensor:
+        return _empty(*shape, dtype=torch.int64)
+
+    B, S, T = 16, 32768, 1
+    for H, Hk, D, dtype in [(32, 8, 128, torch.bfloat16), (32, 8, 64, torch.float16), (8, 4, 256, torch.bfloat16),
+                            (32, 8, 128, torch.float32)]:  # fmt: skip
+        q, k = _empty(B, H, T, D, dtype=dtype), _empty(B, Hk, S, D, dtype=dtype)
+        decode(q, k, k, scale=0.1)
+        decode(q, k, k, scale=0.1, positions=ints(B, S), q_positions=ints(B, T), sink=4, recent=256)
+        pool, pages = _empty(64 * B, Hk, 256, D, dtype=dtype), ints(B, 64)
+        decode(q, pool, pool, scale=0.1, lengths=ints(B), pages=pages)
+    q, k = _empty(B, 32, 4, 128), _empty(B, 2, S, 128)
+    decode(q, k, k, scale=0.1, lengths=ints(B))
