@@ -27,6 +27,7 @@ ROWS, KEYS = 64, 64
 PROGRAMS = 132  # multiprocessors of a large card: shared memory leaves room for one program on each
 OVERHEAD = 4.0  # what a share costs besides its tiles, in tiles: its queries, its sums written and read again
 SHAPE_APART = (512, 64)
+REGISTERS = 168  # of each thread there
 LOG2E = 1.4426950408889634
 
 
@@ -126,11 +127,17 @@ def _launch_apart(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[
     tokens = latent.as_strided(((B - 1) * stride + latent.shape[1], width), (latent.stride(1), 1))
     flat = q.view(B * rows, width)
     blocks = -(-rows // ROWS)
-    made = [latent_hopper.descriptor(x, ROWS if x is flat else KEYS, rank) for x in (flat, tokens)]
+    made = [
+        latent_hopper.descriptor(flat, 0, rank, ROWS, rank),
+        latent_hopper.descriptor(flat, rank, width, ROWS, width - rank),
+        latent_hopper.descriptor(tokens, 0, rank, KEYS, rank // 2),
+        latent_hopper.descriptor(tokens, rank, width, KEYS, width - rank),
+    ]
     part, part_lse, lengths, starts, scale, B, S = call
     latent_hopper.run[(blocks * B * count,)](
-        *made[0], *made[1], part, part_lse, lengths, starts, scale, B, S, stride, rows, T, count, blocks, num_warps=8
-    )
+        *made, part, part_lse, lengths, starts, scale, B, S, stride, rows, T, count, blocks,
+        REGISTERS=REGISTERS, num_warps=8,
+    )  # fmt: skip
 
 
 def _launch(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[Any, ...]) -> None:
