@@ -73,8 +73,8 @@ def kernels() -> set[str]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
                 made.add(node.name)
-                calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
-                called |= {name.id for name in calls if isinstance(name, ast.Name)}
+                # Named, if not called: warps that do something else are given a function.
+                called |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
     return made - called
 
 
@@ -135,8 +135,9 @@ def _build(kernel: Any, grid: Any, target: Any, options: Any, types: Any, consta
     """Compile one configuration."""
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(kernel, types, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attributes)
     made: Any = triton.compile(source, target=target, options=options.__dict__)
     chosen = {p.name: constants[(p.num,)] for p in kernel.params if p.is_constexpr and (p.num,) in constants}
     return Launch(

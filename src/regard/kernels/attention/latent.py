@@ -27,7 +27,7 @@ ROWS, KEYS = 64, 64
 PROGRAMS = 132  # multiprocessors of a large card: shared memory leaves room for one program on each
 OVERHEAD = 4.0  # what a share costs besides its tiles, in tiles: its queries, its sums written and read again
 SHAPE_APART = (512, 64)
-REGISTERS = 168  # of each thread there
+HELD, LAG, LAZY, AFTER = 0, 8.0, 1, 0
 LOG2E = 1.4426950408889634
 
 
@@ -108,7 +108,7 @@ def decode(
         _launch(q, latent, rank, count, call)
     if count > 1:
         block_r = triton.next_power_of_2(rank)
-        _join[(B * rows,)](part, part_lse, out, lse, B * rows, count, R=rank, BLOCK_R=block_r, num_warps=4)
+        _latent_join[(B * rows,)](part, part_lse, out, lse, B * rows, count, R=rank, BLOCK_R=block_r, num_warps=4)
     return out, lse
 
 
@@ -134,9 +134,9 @@ def _launch_apart(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[
         latent_hopper.descriptor(tokens, rank, width, KEYS, width - rank),
     ]
     part, part_lse, lengths, starts, scale, B, S = call
-    latent_hopper.run[(blocks * B * count,)](
+    latent_hopper.latent_apart[(blocks * B * count,)](
         *made, part, part_lse, lengths, starts, scale, B, S, stride, rows, T, count, blocks,
-        REGISTERS=REGISTERS, num_warps=8,
+        HELD=HELD, LAG=LAG, LAZY=LAZY, AFTER=AFTER, num_warps=4,
     )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _launch(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[Any, .
     block_r, block_e = triton.next_power_of_2(rank), triton.next_power_of_2(width - rank)
     content = TensorDescriptor.from_tensor(latent[..., :rank], [1, KEYS, block_r])
     rotary = TensorDescriptor.from_tensor(latent[..., rank:], [1, KEYS, block_e])
-    _decode[(blocks * B * count,)](
+    _latent[(blocks * B * count,)](
         q, content, rotary, *call, H * T, T, count, blocks,
         R=rank, E=width - rank, BLOCK_R=block_r, BLOCK_E=block_e, ROWS=ROWS, KEYS=KEYS, num_warps=8, num_stages=2,
     )  # fmt: skip
@@ -181,7 +181,7 @@ def _tile(c, kappa, content, rotary, held, top, total, sums, scale, keys, first,
 
 
 @triton.jit(do_not_specialize=["B", "S", "rows", "T", "count", "blocks"])
-def _decode(
+def _latent(
     q, content_of, rotary_of, out, lse, lengths, starts, scale, B, S, rows, T, count, blocks,
     R: tl.constexpr, E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -232,12 +232,12 @@ def _decode(
     row = share.to(tl.int64) * B * rows + b.to(tl.int64) * rows + at
     where = row[:, None] * R + channels[None, :]
     tl.store(out + where, sums.to(out.dtype.element_ty), mask=real[:, None] & (channels < R)[None, :])
-    natural = (top + tl.log2(total)) * 0.6931471805599453
+    natural = (top + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453
     tl.store(lse + row, tl.where(some, natural, float("-inf")), mask=real)
 
 
 @triton.jit(do_not_specialize=["rows", "count"])
-def _join(part, part_lse, out, lse, rows, count, R: tl.constexpr, BLOCK_R: tl.constexpr):
+def _latent_join(part, part_lse, out, lse, rows, count, R: tl.constexpr, BLOCK_R: tl.constexpr):
     """One program: one row, its shares joined."""
     row = tl.program_id(0).to(tl.int64)
     channels = tl.arange(0, BLOCK_R)
@@ -254,4 +254,4 @@ def _join(part, part_lse, out, lse, rows, count, R: tl.constexpr, BLOCK_R: tl.co
     some = total > 0
     sums = sums / tl.where(some, total, 1.0)
     tl.store(out + row * R + channels, sums.to(out.dtype.element_ty), mask=channels < R)
-    tl.store(lse + row, tl.where(some, top + tl.log(total), float("-inf")))
+    tl.store(lse + row, tl.where(some, top + tl.log(tl.where(some, total, 1.0)), float("-inf")))

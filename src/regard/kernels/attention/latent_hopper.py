@@ -36,8 +36,8 @@ def _place(number, low, before, whole_low, whole, whole_high):
 
 @gluon.jit
 def _one_weight(
-    number, tile, q_content, q_rotary, left, right, kappa, weights, kept_of, full, ready, done,
-    top, total, scale, length, first, last, MASKED: gl.constexpr,
+    number, tile, q_content, q_rotary, q_held, left, right, kappa, weights, kept_of, full, ready, done, scored,
+    top, total, scale, length, first, last, MASKED: gl.constexpr, HELD: gl.constexpr, LAG: gl.constexpr, AFTER: gl.constexpr,
 ):  # fmt: skip
     """Scores of one tile, their weights left in shared memory."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -51,34 +51,39 @@ def _one_weight(
     mbarrier.wait(full.index(side), landed)
     if MASKED:
         mbarrier.wait(full.index(2 + side), landed)
-        mbarrier.wait(full.index(4 + side), landed)
         _clear(own_kappa, length - tile * KEYS)
         _clear(own_left, length - tile * KEYS)
         _clear(own_right, length - tile * KEYS)
         fence_async_shared()
     scores = gl.zeros([ROWS, KEYS], gl.float32, layout)
     scores = warpgroup_mma(q_rotary, own_kappa.permute((1, 0)), scores, use_acc=False, is_async=True)
+    if HELD > 0:
+        first_keys = own_left.slice(0, HELD, dim=1).permute((1, 0))
+        scores = warpgroup_mma(q_held, first_keys, scores, is_async=True)
+    rest = own_left.slice(HELD, HALF - HELD, dim=1).permute((1, 0))
+    scores = warpgroup_mma(q_content.slice(HELD, HALF - HELD, dim=1), rest, scores, is_async=True)
     if not MASKED:
         mbarrier.wait(full.index(2 + side), landed)
-    scores = warpgroup_mma(q_content.slice(0, HALF, dim=1), own_left.permute((1, 0)), scores, is_async=True)
-    if not MASKED:
-        mbarrier.wait(full.index(4 + side), landed)
     scores = warpgroup_mma(q_content.slice(HALF, HALF, dim=1), own_right.permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
+    if AFTER:
+        mbarrier.arrive(scored, count=1)
     if MASKED:
         keys = tile * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, layout))
         seen = (keys[None, :] >= first) & (keys[None, :] < last[:, None])
         scores = gl.where(seen, scores, float("-inf"))
-    new = gl.maximum(top, gl.max(scores, 1) * scale)
+    most = gl.max(scores, 1) * scale
+    # The base may lag behind the maximum by a factor that 16 bits hold: sums are seldom scaled.
+    new = gl.where(most > top + LAG, most, top)
     base = gl.where(new == float("-inf"), 0.0, new) if MASKED else new
     made = gl.exp2(scores * scale - base[:, None])
     kept = gl.exp2(top - base)
-    total = total * kept + gl.sum(made, 1)
     mbarrier.wait(done, (number - 1) & 1, pred=number > 0)
     weights.store(made.to(weights.dtype))
     kept_of.store(kept)
     fence_async_shared()
     mbarrier.arrive(ready, count=1)
+    total = total * kept + gl.sum(made, 1)
     return new, total
 
 
@@ -95,8 +100,9 @@ def _clear(part, count):
 
 @gluon.jit
 def _weigh(
-    q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done,
+    q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done, scored,
     lse, row0, rows, at0, low, before, whole_low, whole, whole_high, count, scale, length, first, seen, T,
+    HELD: gl.constexpr, LAG: gl.constexpr, AFTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: scores and weights of every tile, and at last the log-sum-exps."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -106,15 +112,20 @@ def _weigh(
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
     mbarrier.wait(queries, 0)
+    if HELD > 0:
+        q_held = q_content.slice(0, HELD, dim=1).load(gl.DotOperandLayout(0, layout, 2))
+        q_rotary = q_rotary.load(gl.DotOperandLayout(0, layout, 2))
+    else:
+        q_held = q_rotary
     for number in range(whole):
         top, total = _one_weight(
-            number, whole_low + number, q_content, q_rotary, left, right, kappa, weights, kept_of, full, ready, done,
-            top, total, scale, length, first, last, False,
+            number, whole_low + number, q_content, q_rotary, q_held, left, right, kappa, weights, kept_of, full, ready,
+            done, scored, top, total, scale, length, first, last, False, HELD, LAG, AFTER,
         )  # fmt: skip
     for number in range(whole, count):
         top, total = _one_weight(
-            number, _place(number, low, before, whole_low, whole, whole_high), q_content, q_rotary, left, right, kappa,
-            weights, kept_of, full, ready, done, top, total, scale, length, first, last, True,
+            number, _place(number, low, before, whole_low, whole, whole_high), q_content, q_rotary, q_held, left, right, kappa,
+            weights, kept_of, full, ready, done, scored, top, total, scale, length, first, last, True, HELD, LAG, AFTER,
         )  # fmt: skip
     some = total > 0
     natural = gl.where(some, (top + gl.log2(total)) * 0.6931471805599453, float("-inf"))
@@ -126,60 +137,66 @@ def _weigh(
 
 @gluon.jit
 def _gather(
-    left, right, kappa, weights, kept_of, full, ready, done, content_of, rotary_of,
-    out, row0, rows, at0, low, before, whole_low, whole, whole_high, count, key0,
+    HALF: gl.constexpr, part, kappa, weights, kept_of, full, ready, done, scored, content_of, rotary_of,
+    out, row0, rows, at0, low, before, whole_low, whole, whole_high, count, key0, LAZY: gl.constexpr, AFTER: gl.constexpr,
 ):  # fmt: skip
-    """Eight warps: the sums of every tile; each part of it makes room for that of the tile after the next at once."""
+    """Four warps: the sums of every tile over one half of the columns, whose place the next but one then takes."""
     ROWS: gl.constexpr = weights.shape[0]
     KEYS: gl.constexpr = weights.shape[1]
-    HALF: gl.constexpr = left.shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HALF // 2, 16])
+    WIDTH: gl.constexpr = part.shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     row: gl.constexpr = gl.SliceLayout(1, layout)
     for number in gl.static_range(2):
         tile = key0 + KEYS * _place(number, low, before, whole_low, whole, whole_high)
-        _expect(rotary_of, content_of, full, number, number < count)
-        tma.async_copy_global_to_shared(rotary_of, [tile, 0], full.index(number), kappa.index(number), number < count)
-        tma.async_copy_global_to_shared(content_of, [tile, 0], full.index(2 + number), left.index(number), number < count)
-        tma.async_copy_global_to_shared(content_of, [tile, HALF], full.index(4 + number), right.index(number), number < count)
-    sums = gl.zeros([ROWS, HALF], gl.float32, layout)
-    more = gl.zeros([ROWS, HALF], gl.float32, layout)
+        _expect(HALF, full, content_of, rotary_of, number, number < count)
+        _fetch(HALF, part, kappa, full, content_of, rotary_of, number, tile, number < count)
+    sums = gl.zeros([ROWS, WIDTH], gl.float32, layout)
     for number in range(count):
         side = number % 2
-        own_left, own_right = left.index(side), right.index(side)
         tile = key0 + KEYS * _place(number + 2, low, before, whole_low, whole, whole_high)
-        goes_on = number + 2 < count
         mbarrier.wait(ready, number & 1)
-        kept = kept_of.load(row)[:, None]
-        sums = warpgroup_mma(weights, own_left, sums * kept, is_async=True)
-        more = warpgroup_mma(weights, own_right, more * kept, is_async=True)
-        _expect(rotary_of, content_of, full, side, goes_on)
-        tma.async_copy_global_to_shared(rotary_of, [tile, 0], full.index(side), kappa.index(side), goes_on)
-        sums = warpgroup_mma_wait(1, deps=(sums,))
-        tma.async_copy_global_to_shared(content_of, [tile, 0], full.index(2 + side), own_left, goes_on)
-        more = warpgroup_mma_wait(0, deps=(more,))
+        kept = kept_of.load(row)
+        if LAZY:
+            if gl.min(kept, 0) < 1.0:
+                sums = sums * kept[:, None]
+        else:
+            sums = sums * kept[:, None]
+        if AFTER:
+            mbarrier.wait(scored, (number + 1) & 1, pred=number + 1 < count)
+        sums = warpgroup_mma(weights, part.index(side), sums, is_async=True)
+        _expect(HALF, full, content_of, rotary_of, side, number + 2 < count)
+        sums = warpgroup_mma_wait(0, deps=(sums,))
+        _fetch(HALF, part, kappa, full, content_of, rotary_of, side, tile, number + 2 < count)
         mbarrier.arrive(done, count=1)
-        tma.async_copy_global_to_shared(content_of, [tile, HALF], full.index(4 + side), own_right, goes_on)
     mbarrier.wait(ready, count & 1)
-    kept = kept_of.load(row)[:, None]
+    sums = sums * kept_of.load(row)[:, None]
     at = at0 + gl.arange(0, ROWS, row)
-    channels = gl.arange(0, HALF, gl.SliceLayout(0, layout))
-    where = (row0 + at)[:, None] * (2 * HALF) + channels[None, :]
-    gl.store(out + where, (sums * kept).to(out.dtype.element_ty), mask=(at < rows)[:, None])
-    gl.store(out + where + HALF, (more * kept).to(out.dtype.element_ty), mask=(at < rows)[:, None])
+    channels = HALF * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
+    where = (row0 + at)[:, None] * (2 * WIDTH) + channels[None, :]
+    gl.store(out + where, sums.to(out.dtype.element_ty), mask=(at < rows)[:, None])
 
 
 @gluon.jit
-def _expect(rotary_of, content_of, full, side, pred):
-    """Say how many bytes of the parts of a tile will come."""
-    mbarrier.expect(full.index(side), rotary_of.block_type.nbytes, pred=pred)
-    mbarrier.expect(full.index(2 + side), content_of.block_type.nbytes, pred=pred)
-    mbarrier.expect(full.index(4 + side), content_of.block_type.nbytes, pred=pred)
+def _expect(HALF: gl.constexpr, full, content_of, rotary_of, side, pred):
+    """Say how many bytes `_fetch` will bring."""
+    more: gl.constexpr = 0 if HALF else rotary_of.block_type.nbytes
+    mbarrier.expect(full.index(2 * HALF + side), content_of.block_type.nbytes + more, pred=pred)
+
+
+@gluon.jit
+def _fetch(HALF: gl.constexpr, part, kappa, full, content_of, rotary_of, side, row, pred):
+    """Bring one half of the columns of a tile into shared memory; with the first half, the rotary keys."""
+    landed = full.index(2 * HALF + side)
+    if HALF == 0:
+        tma.async_copy_global_to_shared(rotary_of, [row, 0], landed, kappa.index(side), pred)
+    tma.async_copy_global_to_shared(content_of, [row, HALF * part.shape[2]], landed, part.index(side), pred)
 
 
 @gluon.jit(do_not_specialize=["B", "S", "stride", "rows", "T", "count", "blocks"])
-def run(
+def latent_apart(
     queries_of, turned_of, content_of, rotary_of, out, lse, lengths, starts, scale,
-    B, S, stride, rows, T, count, blocks, REGISTERS: gl.constexpr,
+    B, S, stride, rows, T, count, blocks,
+    HELD: gl.constexpr, LAG: gl.constexpr, AFTER: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """One program: 64 rows of one request over one share of its keys."""
     ROWS: gl.constexpr = queries_of.block_type.shape[0]
@@ -218,11 +235,13 @@ def run(
     queries = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [6, 1], mbarrier.MBarrierLayout())  # rotary, left, right; two sides
+    scored = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(scored, count=1)
+    full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())  # left and rotary, right; two sides
     mbarrier.init(queries, count=1)
     mbarrier.init(ready, count=1)
-    mbarrier.init(done, count=1)
-    for bar in gl.static_range(6):
+    mbarrier.init(done, count=2)
+    for bar in gl.static_range(4):
         mbarrier.init(full.index(bar), count=1)
     fence_async_shared()
     at0 = block * ROWS
@@ -232,12 +251,14 @@ def run(
     row0 = (share * B + b).to(gl.int64) * rows
     gl.warp_specialize(
         [
-            (_gather, (left, right, kappa, weights, kept_of, full, ready, done, content_of, rotary_of,
-                       out, row0, rows, at0, low, before, whole_low, whole, whole_high, number, b * stride)),
-            (_weigh, (q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done,
+            (_gather, (0, left, kappa, weights, kept_of, full, ready, done, scored, content_of, rotary_of,
+                       out, row0, rows, at0, low, before, whole_low, whole, whole_high, number, b * stride, LAZY, AFTER)),
+            (_gather, (1, right, kappa, weights, kept_of, full, ready, done, scored, content_of, rotary_of,
+                       out, row0, rows, at0, low, before, whole_low, whole, whole_high, number, b * stride, LAZY, AFTER)),
+            (_weigh, (q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done, scored,
                       lse, row0, rows, at0, low, before, whole_low, whole, whole_high, number, scale, length, first,
-                      seen, T)),
+                      seen, T, HELD, LAG, AFTER)),
         ],
-        [4],
-        [REGISTERS],
+        [4, 4],
+        [168, 168],
     )  # fmt: skip
