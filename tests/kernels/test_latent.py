@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from cases import latent as case
 from regard.kernels.attention import latent as kernel
 from regard.ops import latent as ops
 from running import DEVICE, FLOATS, close, drawn, filled_with_nan
@@ -155,3 +156,12 @@ def test_replayed_from_a_graph(size):
         expected = kernel.decode(q, latent, **call)
         assert torch.equal(out, expected[0])
         assert torch.equal(lse, expected[1])
+
+
+def test_the_benchmark_runs():
+    told, rows = case.run(batch=2, tokens=70, heads=2, rank=32, rope=16, steps=1, repeats=1)
+    assert [row["rows"] for row in rows] == [2]
+    assert rows[0]["error"] <= case.MOST
+    assert rows[0]["share of floor"] > 0
+    assert rows[0]["operations"] == 2 * 2 * 2 * 70 * (32 + 16 + 32)
+    assert told["product TFLOP/s"] > 0

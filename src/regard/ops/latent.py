@@ -106,8 +106,13 @@ def attend(
             together with positions.
         form: "expanded", "absorbed", or "auto": whichever is less work (`Sizes.crossover`).
         backend: "triton" (the decode kernel, absorbed; a GPU, no gradients), one of `regard.attend`, or "auto".
-        pattern, bias, causal, softcap, q_positions, k_positions, empty: as in `regard.attend`, of `H` key heads. A
-            pattern or positions that differ among heads can only be expanded.
+        pattern: as in `regard.attend`, of `H` key heads; one that differs among heads can only be expanded.
+        bias: as in `regard.attend`, as are the next four.
+        causal: see there.
+        softcap: see there.
+        q_positions: see there.
+        k_positions: see there; those that differ among heads can only be expanded.
+        empty: see there.
 
     Returns:
         out `[B, H, T, dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow through
@@ -117,18 +122,14 @@ def attend(
         RegardError: sizes, heads or dtypes disagree, or what was named refuses the call; the message says why.
     """
     sizes = _check(q, latent, keys_up, values_up, padding, q_positions, k_positions)
-    rest: dict[str, Any] = {"pattern": pattern, "bias": bias, "causal": causal, "softcap": softcap}
-    places = {"q_positions": q_positions, "k_positions": k_positions}
-    form, backend, _ = choose(
-        q, latent, keys_up, values_up, **rest, **places, padding=padding, form=form, backend=backend
-    )
-    scale = (sizes.content + sizes.rope) ** -0.5 if scale is None else scale
+    padding = None if padding is None else padding.to(q.device)
+    call: dict[str, Any] = {"pattern": pattern, "bias": bias, "causal": causal, "softcap": softcap}
+    call |= {"q_positions": q_positions, "k_positions": k_positions}
+    form, backend, _ = choose(q, latent, keys_up, values_up, **call, padding=padding, form=form, backend=backend)
+    scale = float((sizes.content + sizes.rope) ** -0.5) if scale is None else scale
     if backend == KERNEL:
         return _decode(q, latent, keys_up, values_up, scale, padding, empty)
-    if padding is not None:
-        here = torch.arange(sizes.keys, device=q.device)[None] - padding.to(q.device)[:, None]
-        places = {"q_positions": here[:, sizes.keys - sizes.queries :], "k_positions": here}
-    call = {**rest, **places, "scale": scale, "empty": empty, "backend": backend}
+    call |= {"scale": scale, "empty": empty, "backend": backend, **_places(sizes, padding, q_positions, k_positions)}
     if form == "expanded":
         return attention.attend(q, *expand(latent, keys_up, values_up), **call)
     held = latent[:, None]
@@ -200,6 +201,10 @@ def read(
 
     Args:
         view: what `append` of `primitives.latent.Latent` returned.
+        q: as `attend`, as are the next three.
+        keys_up: see there.
+        values_up: see there.
+        pattern: see there.
         step: the forward that `q` belongs to.
         index: `[1|B, n]`, read those tokens only (-1: none).
         options: of `attend`: `scale`, `bias`, `softcap`, `form`, `backend`.
@@ -216,6 +221,17 @@ def read(
         k_positions = pick(k_positions, index.clamp(min=0), 1).masked_fill(index < 0, -1)
     options |= {"q_positions": step.queries(q.device), "k_positions": k_positions}
     return attend(q, latent, keys_up, values_up, pattern=pattern, **options)
+
+
+def _places(
+    sizes: Sizes, padding: Tensor | None, q_positions: Tensor | None, k_positions: Tensor | None
+) -> dict[str, Tensor | None]:
+    """Positions as `regard.attend` takes them; under padding right-aligned ones less that."""
+    if padding is None:
+        return {"q_positions": q_positions, "k_positions": k_positions}
+    first = min(sizes.keys - sizes.queries, 0)
+    here = torch.arange(first, sizes.keys, device=padding.device)[None] - padding[:, None]
+    return {"q_positions": here[:, -sizes.queries :], "k_positions": here[:, here.shape[1] - sizes.keys :]}
 
 
 def _bound_to_heads(pattern: Pattern | None, k_positions: Tensor | None) -> str | None:

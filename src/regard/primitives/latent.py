@@ -28,7 +28,7 @@ class LatentShown(Shown):
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Numbers of a latent, r."""
         return self.value_fields[0].shape[-1]
 
     def places(self, step: Step, device: torch.device) -> Tensor:

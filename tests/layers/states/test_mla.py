@@ -36,9 +36,8 @@ def pair(kind, config, q_rank, bias, interleaved):
     options = SIZES | {"q_rank": q_rank, "bias": bias, "base": BASE, "interleaved": interleaved}
     ours = mixers.build("mla", WIDTH, HEADS, layer=0, layers=1, options=options).double()
     weights = theirs.state_dict()
-    given = {mine: name for mine, name in names.items()}
     ours.load_state_dict(
-        {f"{mine}.{part}": weights[f"{name}.{part}"] for mine, name in given.items() for part in ("weight", "bias")
+        {f"{mine}.{part}": weights[f"{name}.{part}"] for mine, name in names.items() for part in ("weight", "bias")
          if f"{name}.{part}" in weights}
     )  # fmt: skip
     return theirs, ours

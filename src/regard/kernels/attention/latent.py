@@ -91,7 +91,7 @@ def decode(
     Returns:
         out `[B, H, T, r]` in the dtype of q, lse `[B, H, T]` float32.
     """
-    B, H, T, width = q.shape
+    B, H, T, _ = q.shape
     S = latent.shape[1]
     rows = H * T
     blocks = -(-rows // ROWS)

@@ -42,9 +42,7 @@ def positions(tokens: int, device: torch.device, memory: Memory | None, mask: Te
     return ends - 1
 
 
-def covering(
-    x: Tensor, width: int, memory: Counted | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+def covering(x: Tensor, width: int, memory: Counted | None, mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """Positions `[1|B, seen + T]` of all keys so far, padding not counted and itself -1, for `x [B, T, width]`.
 
     Raises:

@@ -32,7 +32,7 @@ class Latents(Protocol):
 
 
 class Mixer(nn.Module):
-    """`y = W_o softmax(q k^T scale) v` with `[c; kappa] = W_down x`, keys `[norm(c) U_h; R kappa]`, values `norm(c) V_h`.
+    """`y = W_o softmax(q k^T scale) v`, keys `[norm(c) U_h; turned(kappa)]`, values `norm(c) V_h`, `[c; kappa] = W x`.
 
     A request remembers `r + e` numbers a token; `ops.latent` chooses how they are read.
 
@@ -116,8 +116,9 @@ class Mixer(nn.Module):
             latent = memory.latents(c, kappa)
             memory.advance(x.shape[1])
         pattern = None if cu_seqlens is None else Pattern.causal() & same_sequence(cu_seqlens, x.shape[1])
-        places = {} if mask is None else {"q_positions": here, "k_positions": at}
-        out, _ = attend(q, latent[:, 0], *self.projections(), pattern=pattern, scale=self.scale, **places)
+        held = (latent[:, 0], *self.projections())
+        q_at, k_at = (None, None) if mask is None else (here, at)
+        out, _ = attend(q, *held, pattern=pattern, scale=self.scale, q_positions=q_at, k_positions=k_at)
         return self.out(join(out))
 
     def projections(self) -> tuple[Tensor, Tensor]:
