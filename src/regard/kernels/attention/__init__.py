@@ -1,1 +1,1 @@
-"""Softmax attention on a GPU."""
+"""Exact softmax attention on a GPU: over lists of blocks, and over caches."""

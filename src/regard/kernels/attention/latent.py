@@ -27,7 +27,6 @@ ROWS, KEYS = 64, 64
 PROGRAMS = 132  # multiprocessors of a large card: shared memory leaves room for one program on each
 OVERHEAD = 4.0  # what a share costs besides its tiles, in tiles: its queries, its sums written and read again
 SHAPE_APART = (512, 64)
-HELD, LAG, LAZY, AFTER = 0, 8.0, 1, 0
 LOG2E = 1.4426950408889634
 
 
@@ -136,7 +135,7 @@ def _launch_apart(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[
     part, part_lse, lengths, starts, scale, B, S = call
     latent_hopper.latent_apart[(blocks * B * count,)](
         *made, part, part_lse, lengths, starts, scale, B, S, stride, rows, T, count, blocks,
-        HELD=HELD, LAG=LAG, LAZY=LAZY, AFTER=AFTER, num_warps=4,
+        num_warps=4,
     )  # fmt: skip
 
 

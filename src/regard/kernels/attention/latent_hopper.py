@@ -1,8 +1,11 @@
 """Absorbed decoding of 64 rows on Hopper by warps that do one thing each; `latent.py` says what is computed.
 
-Four warps compute scores and weights, eight hold the sums (64 x 512 in float32) and bring in the next tile, so that
-the matrix units work on the sums of one tile while the weights of the next are made. Shared memory holds the queries
-and two tiles; a tile is replaced as soon as its sums are done.
+Four warps make scores and weights; two times four hold the sums over one half of the columns each (64 x 256 in
+float32) and bring in the next tile but one. So the matrix units work on the sums of one tile while the weights of the
+next are made. Shared memory holds the queries and two tiles; a half is replaced as soon as its sums are done.
+
+It is written in Gluon, Triton's lower level, because the compiler's own pipeline asks for the next tile only when all
+work on this one is queued. Gluon has no interpreter: what runs on a CPU is `latent.py`.
 """
 
 from typing import Any
@@ -19,6 +22,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+HELD = gl.constexpr(128)  # columns of the queries that stay in registers, beside the rotary ones
+LAG = gl.constexpr(8.0)  # how far, as a power of two, weights may exceed 1 before the sums are scaled anew
+
 
 def descriptor(x: Tensor, first: int, last: int, rows: int, width: int) -> Any:
     """How columns `first` to `last` of `x [n, r + e]` are brought in, `rows` by `width` at a time."""
@@ -27,8 +33,28 @@ def descriptor(x: Tensor, first: int, last: int, rows: int, width: int) -> Any:
 
 
 @gluon.jit
-def _place(number, low, before, whole_low, whole, whole_high):
+def _plan(length, first, T, share, count, KEYS: gl.constexpr):
+    """Which tiles a program reads: those that every row sees whole, and the masked ones before and after them.
+
+    Returns `(low, before, whole_low, whole, whole_high, number)`: the first tile; how many masked ones it and those
+    behind it are; the first whole one; how many whole ones; the tile behind them; how many in all.
+    """
+    tiles = gl.cdiv(length, KEYS)
+    begin = first // KEYS
+    each = gl.cdiv(tiles - begin, count)
+    low = begin + share * each
+    high = gl.minimum(low + each, tiles)
+    whole_low = gl.maximum(low, gl.cdiv(first, KEYS))
+    whole_high = gl.maximum(gl.minimum(high, (length - T + 1) // KEYS), whole_low)
+    before = gl.maximum(gl.minimum(whole_low, high) - low, 0)
+    whole = whole_high - whole_low
+    return low, before, whole_low, whole, whole_high, whole + before + gl.maximum(high - whole_high, 0)
+
+
+@gluon.jit
+def _place(number, plan):
     """The tile that is read as the `number`-th: whole ones first."""
+    low, before, whole_low, whole, whole_high, _ = plan
     late = number - whole
     masked = gl.where(late < before, low + late, whole_high + late - before)
     return gl.where(number < whole, whole_low + number, masked)
@@ -36,12 +62,11 @@ def _place(number, low, before, whole_low, whole, whole_high):
 
 @gluon.jit
 def _one_weight(
-    number, tile, q_content, q_rotary, q_held, left, right, kappa, weights, kept_of, full, ready, done, scored,
-    top, total, scale, length, first, last, MASKED: gl.constexpr, HELD: gl.constexpr, LAG: gl.constexpr, AFTER: gl.constexpr,
+    number, tile, q_content, q_rotary, q_held, left, right, kappa, weights, kept_of, full, ready, done,
+    top, total, scale, length, first, last, MASKED: gl.constexpr,
 ):  # fmt: skip
     """Scores of one tile, their weights left in shared memory."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    row: gl.constexpr = gl.SliceLayout(1, layout)
     ROWS: gl.constexpr = weights.shape[0]
     KEYS: gl.constexpr = weights.shape[1]
     side = number % 2
@@ -57,17 +82,14 @@ def _one_weight(
         fence_async_shared()
     scores = gl.zeros([ROWS, KEYS], gl.float32, layout)
     scores = warpgroup_mma(q_rotary, own_kappa.permute((1, 0)), scores, use_acc=False, is_async=True)
-    if HELD > 0:
-        first_keys = own_left.slice(0, HELD, dim=1).permute((1, 0))
-        scores = warpgroup_mma(q_held, first_keys, scores, is_async=True)
+    some = own_left.slice(0, HELD, dim=1).permute((1, 0))
+    scores = warpgroup_mma(q_held, some, scores, is_async=True)
     rest = own_left.slice(HELD, HALF - HELD, dim=1).permute((1, 0))
     scores = warpgroup_mma(q_content.slice(HELD, HALF - HELD, dim=1), rest, scores, is_async=True)
     if not MASKED:
         mbarrier.wait(full.index(2 + side), landed)
     scores = warpgroup_mma(q_content.slice(HALF, HALF, dim=1), own_right.permute((1, 0)), scores, is_async=True)
     scores = warpgroup_mma_wait(0, deps=(scores,))
-    if AFTER:
-        mbarrier.arrive(scored, count=1)
     if MASKED:
         keys = tile * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, layout))
         seen = (keys[None, :] >= first) & (keys[None, :] < last[:, None])
@@ -100,35 +122,33 @@ def _clear(part, count):
 
 @gluon.jit
 def _weigh(
-    q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done, scored,
-    lse, row0, rows, at0, low, before, whole_low, whole, whole_high, count, scale, length, first, seen, T,
-    HELD: gl.constexpr, LAG: gl.constexpr, AFTER: gl.constexpr,
+    q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done,
+    lse, row0, rows, at0, plan, scale, length, first, T,
 ):  # fmt: skip
     """Four warps: scores and weights of every tile, and at last the log-sum-exps."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     ROWS: gl.constexpr = weights.shape[0]
     at = at0 + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    last = seen + at % T
+    last = length - T + 1 + at % T  # one more than the last key of each row
+    whole_low, whole, count = plan[2], plan[3], plan[5]
     top = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, layout))
     total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, layout))
     mbarrier.wait(queries, 0)
-    if HELD > 0:
-        q_held = q_content.slice(0, HELD, dim=1).load(gl.DotOperandLayout(0, layout, 2))
-        q_rotary = q_rotary.load(gl.DotOperandLayout(0, layout, 2))
-    else:
-        q_held = q_rotary
+    # Products that read both sides from shared memory are bound by it.
+    q_held = q_content.slice(0, HELD, dim=1).load(gl.DotOperandLayout(0, layout, 2))
+    q_rotary = q_rotary.load(gl.DotOperandLayout(0, layout, 2))
     for number in range(whole):
         top, total = _one_weight(
             number, whole_low + number, q_content, q_rotary, q_held, left, right, kappa, weights, kept_of, full, ready,
-            done, scored, top, total, scale, length, first, last, False, HELD, LAG, AFTER,
+            done, top, total, scale, length, first, last, False,
         )  # fmt: skip
     for number in range(whole, count):
         top, total = _one_weight(
-            number, _place(number, low, before, whole_low, whole, whole_high), q_content, q_rotary, q_held, left, right, kappa,
-            weights, kept_of, full, ready, done, scored, top, total, scale, length, first, last, True, HELD, LAG, AFTER,
+            number, _place(number, plan), q_content, q_rotary, q_held, left, right, kappa,
+            weights, kept_of, full, ready, done, top, total, scale, length, first, last, True,
         )  # fmt: skip
     some = total > 0
-    natural = gl.where(some, (top + gl.log2(total)) * 0.6931471805599453, float("-inf"))
+    natural = gl.where(some, (top + gl.log2(gl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
     gl.store(lse + row0 + at, natural, mask=at < rows)
     mbarrier.wait(done, (count - 1) & 1, pred=count > 0)
     kept_of.store(gl.where(some, 1.0 / gl.where(some, total, 1.0), 0.0))
@@ -137,8 +157,8 @@ def _weigh(
 
 @gluon.jit
 def _gather(
-    HALF: gl.constexpr, part, kappa, weights, kept_of, full, ready, done, scored, content_of, rotary_of,
-    out, row0, rows, at0, low, before, whole_low, whole, whole_high, count, key0, LAZY: gl.constexpr, AFTER: gl.constexpr,
+    HALF: gl.constexpr, part, kappa, weights, kept_of, full, ready, done, content_of, rotary_of,
+    out, row0, rows, at0, plan, key0,
 ):  # fmt: skip
     """Four warps: the sums of every tile over one half of the columns, whose place the next but one then takes."""
     ROWS: gl.constexpr = weights.shape[0]
@@ -146,23 +166,19 @@ def _gather(
     WIDTH: gl.constexpr = part.shape[2]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     row: gl.constexpr = gl.SliceLayout(1, layout)
+    count = plan[5]
     for number in gl.static_range(2):
-        tile = key0 + KEYS * _place(number, low, before, whole_low, whole, whole_high)
+        tile = key0 + KEYS * _place(number, plan)
         _expect(HALF, full, content_of, rotary_of, number, number < count)
         _fetch(HALF, part, kappa, full, content_of, rotary_of, number, tile, number < count)
     sums = gl.zeros([ROWS, WIDTH], gl.float32, layout)
     for number in range(count):
         side = number % 2
-        tile = key0 + KEYS * _place(number + 2, low, before, whole_low, whole, whole_high)
+        tile = key0 + KEYS * _place(number + 2, plan)
         mbarrier.wait(ready, number & 1)
         kept = kept_of.load(row)
-        if LAZY:
-            if gl.min(kept, 0) < 1.0:
-                sums = sums * kept[:, None]
-        else:
+        if gl.min(kept, 0) < 1.0:
             sums = sums * kept[:, None]
-        if AFTER:
-            mbarrier.wait(scored, (number + 1) & 1, pred=number + 1 < count)
         sums = warpgroup_mma(weights, part.index(side), sums, is_async=True)
         _expect(HALF, full, content_of, rotary_of, side, number + 2 < count)
         sums = warpgroup_mma_wait(0, deps=(sums,))
@@ -196,7 +212,6 @@ def _fetch(HALF: gl.constexpr, part, kappa, full, content_of, rotary_of, side, r
 def latent_apart(
     queries_of, turned_of, content_of, rotary_of, out, lse, lengths, starts, scale,
     B, S, stride, rows, T, count, blocks,
-    HELD: gl.constexpr, LAG: gl.constexpr, AFTER: gl.constexpr, LAZY: gl.constexpr,
 ):  # fmt: skip
     """One program: 64 rows of one request over one share of its keys."""
     ROWS: gl.constexpr = queries_of.block_type.shape[0]
@@ -212,17 +227,7 @@ def latent_apart(
     first = 0
     if starts is not None:
         first = gl.load(starts + b)
-    tiles = gl.cdiv(length, KEYS)
-    begin = first // KEYS
-    each = gl.cdiv(tiles - begin, count)
-    low = begin + share * each
-    high = gl.minimum(low + each, tiles)
-    seen = length - T + 1
-    whole_low = gl.maximum(low, gl.cdiv(first, KEYS))
-    whole_high = gl.maximum(gl.minimum(high, seen // KEYS), whole_low)
-    before = gl.maximum(gl.minimum(whole_low, high) - low, 0)
-    whole = whole_high - whole_low
-    number = whole + before + gl.maximum(high - whole_high, 0)
+    plan = _plan(length, first, T, share, count, KEYS)
 
     q_content = gl.allocate_shared_memory(dtype, queries_of.block_type.shape, queries_of.layout)
     q_rotary = gl.allocate_shared_memory(dtype, turned_of.block_type.shape, turned_of.layout)
@@ -235,8 +240,6 @@ def latent_apart(
     queries = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    scored = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(scored, count=1)
     full = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())  # left and rotary, right; two sides
     mbarrier.init(queries, count=1)
     mbarrier.init(ready, count=1)
@@ -251,13 +254,12 @@ def latent_apart(
     row0 = (share * B + b).to(gl.int64) * rows
     gl.warp_specialize(
         [
-            (_gather, (0, left, kappa, weights, kept_of, full, ready, done, scored, content_of, rotary_of,
-                       out, row0, rows, at0, low, before, whole_low, whole, whole_high, number, b * stride, LAZY, AFTER)),
-            (_gather, (1, right, kappa, weights, kept_of, full, ready, done, scored, content_of, rotary_of,
-                       out, row0, rows, at0, low, before, whole_low, whole, whole_high, number, b * stride, LAZY, AFTER)),
-            (_weigh, (q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done, scored,
-                      lse, row0, rows, at0, low, before, whole_low, whole, whole_high, number, scale, length, first,
-                      seen, T, HELD, LAG, AFTER)),
+            (_gather, (0, left, kappa, weights, kept_of, full, ready, done, content_of, rotary_of,
+                       out, row0, rows, at0, plan, b * stride)),
+            (_gather, (1, right, kappa, weights, kept_of, full, ready, done, content_of, rotary_of,
+                       out, row0, rows, at0, plan, b * stride)),
+            (_weigh, (q_content, q_rotary, left, right, kappa, weights, kept_of, queries, full, ready, done,
+                      lse, row0, rows, at0, plan, scale, length, first, T)),
         ],
         [4, 4],
         [168, 168],
