@@ -3,6 +3,8 @@
 Tensors hold nothing (device `meta`), sizes are those that matter. Every kernel must be launched by one of them.
 """
 
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
@@ -82,3 +84,14 @@ def decode() -> None:
         decode(q, pool, pool, scale=0.1, lengths=ints(B), pages=pages)
     q, k = _empty(B, 32, 4, 128), _empty(B, 2, S, 128)
     decode(q, k, k, scale=0.1, lengths=ints(B))
+
+
+def latent() -> None:
+    from regard.kernels import device
+    from regard.kernels.attention.latent import decode
+
+    for (B, H, S, r, e), on in [((64, 128, 8192, 512, 64), (9, 0)), ((1, 128, 32768, 512, 64), (10, 0)),
+                                ((1, 16, 4096, 256, 32), (9, 0))]:  # fmt: skip
+        starts = _empty(B, dtype=torch.int32)
+        with patch.object(device, "capability", lambda tensor, on=on: on):
+            decode(_empty(B, H, 1, r + e), _empty(B, S, r + e), rank=r, scale=0.1, lengths=starts, starts=starts)

@@ -37,3 +37,8 @@ def keep_for_graphs(held: Any, device: torch.device) -> Any:
     if capturing(device):
         _kept[id(held)] = held
     return held
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the device of `tensor`; (0, 0) where it is no GPU."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)

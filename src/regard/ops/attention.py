@@ -125,7 +125,7 @@ def attend(
     else:
         out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
     if empty == "raise":
-        _raise_if_empty(lse)
+        raise_if_empty(lse)
     return out, lse
 
 
@@ -167,7 +167,8 @@ def _positions(
     return q_pos, torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
 
 
-def _raise_if_empty(lse: Tensor) -> None:
+def raise_if_empty(lse: Tensor) -> None:
+    """Raise RegardError if some row of `lse [B, H, T]` saw no key."""
     rows = (lse == -torch.inf).nonzero()
     if len(rows):
         row, head, query = rows[0].tolist()
