@@ -1,0 +1,219 @@
+"""A few blocks exactly, the middling ones by linear attention, the rest not at all (SLA, sparse-linear attention)."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.core.card import Card, Option
+from regard.core.errors import RegardError, choose
+from regard.core.shapes import group_size
+from regard.ops.attention import attend
+from regard.primitives.reference import reference
+
+CARD = Card(
+    title="SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
+    arxiv="2509.24006",
+    sheet=47,
+    implements="The operator, forward and backward: routing by pooled blocks, exact attention over critical blocks, "
+    "linear attention over the others, in the three semantics that were released.",
+    exact=False,
+    saving="compute",
+    departures=(
+        "Keys are not centred before pooling: it shifts all scores of a block of queries alike and chooses the same.",
+        "The shares of critical and negligible blocks (5 % and 10 %) are recalled from the paper, not read in code.",
+    ),
+    oracles=(
+        "all blocks critical: torch's SDPA; zero projection: block-sparse attention alone",
+        "each part equals its dense masked definition; chosen blocks summed equal the total less the others",
+        "blocks of one token: routing by token; the last block is averaged over its true length",
+        "gathered blocks and kernels equal the definition, gradients included",
+    ),
+    options={
+        "critical": Option(kind="float", default=0.05, low=0.0, high=1.0, doc="share of key blocks read exactly"),
+        "negligible": Option(kind="float", default=0.1, low=0.0, high=1.0, doc="share left out (semantics 'paper')"),
+        "semantics": Option(
+            kind="str",
+            default="paper",
+            choices=("paper", "rest", "all"),
+            doc="what linear attention reads: the blocks between, all that are not critical (first release), or "
+            "all, with 1e-5 added to its denominator (current release)",
+        ),
+        "features": Option(kind="str", default="softmax", choices=("softmax", "elu", "relu"), doc="of q and k"),
+    },
+)
+# What a query block makes of a key block.
+NEGLIGIBLE, MARGINAL, CRITICAL = -1, 0, 1
+BACKENDS = ("auto", "dense", "gather", "block")
+FLOOR = 1e-5  # of the denominator, in the current release
+FEATURES = {
+    "softmax": lambda x: torch.softmax(x, -1),
+    "elu": lambda x: F.elu(x) + 1,
+    "relu": torch.relu,
+}
+
+
+def sla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    critical: float = 0.05,
+    negligible: float = 0.1,
+    size: tuple[int, int] = (64, 64),
+    semantics: str = "paper",
+    features: str = "softmax",
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`O = O_sparse + O_linear W^T + b`, without causality.
+
+    Args:
+        q: `[B, H, N, D]`.
+        k: `[B, Hk, S, D]`, `Hk` dividing `H`.
+        v: `[B, Hk, S, Dv]`.
+        weight: `W [Dv, Dv]`, shared by heads; the paper begins with 0.
+        bias: `b [Dv]`, or None.
+        critical: share of a query block's key blocks that are read exactly, rounded down.
+        negligible: share that is left out, rounded down (semantics "paper" only).
+        size: tokens of a block of queries and of a block of keys.
+        semantics: "paper", "rest" or "all" (see the card).
+        features: of queries and keys in the linear part: "softmax" (over channels), "elu" (plus 1) or "relu".
+        scale: of the exact scores; None: `D ** -0.5`.
+        backend: "dense" (the definition, N x S), "gather" (any device), "block" (kernels) or "auto".
+
+    Returns:
+        `[B, H, N, Dv]` in q's dtype. The routing carries no gradient.
+
+    Raises:
+        RegardError: shapes disagree, no block would be critical, or shares add up to more than 1.
+
+    Source: SLA (2509.24006), section 4; thu-ml/SLA for "rest" and "all".
+    """
+    _check(q, k, v, weight, bias, size)
+    if semantics not in CARD.options["semantics"].choices:
+        choose("semantics", semantics, CARD.options["semantics"].choices)
+    if features not in FEATURES:
+        choose("features", features, tuple(FEATURES))
+    if backend not in BACKENDS:
+        choose("backend", backend, BACKENDS)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    kinds = route(q, k, critical=critical, negligible=negligible if semantics == "paper" else 0.0, size=size)
+    exact = sparse(q, k, v, kinds == CRITICAL, size=size, scale=scale, backend=backend)
+    smooth = linear(q, k, v, kinds, size=size, semantics=semantics, features=features)
+    return exact + F.linear(smooth, weight.to(smooth.dtype), None if bias is None else bias.to(smooth.dtype))
+
+
+@torch.no_grad()
+def route(q: Tensor, k: Tensor, *, critical: float, negligible: float, size: tuple[int, int]) -> Tensor:
+    """What each block of queries makes of each block of keys: int8 `[B, H, Mb, Nb]`.
+
+    The scores of mean queries with mean keys are ranked: the first `critical` of them, the last `negligible`.
+
+    Raises:
+        RegardError: no block would be critical, or the shares add up to more than 1.
+    """
+    blocks = -(-k.shape[2] // size[1])
+    most, least = int(critical * blocks), int(negligible * blocks)
+    if critical + negligible > 1:
+        raise RegardError(f"critical and negligible blocks add up to more than all: {critical} + {negligible} > 1")
+    if most < 1:
+        raise RegardError(
+            f"critical={critical} of {blocks} key blocks is none; it must be at least {1 / blocks:.4f}, "
+            f"or blocks smaller than {size[1]}"
+        )
+    scores = pooled(q, size[0]) @ pooled(k, size[1]).repeat_interleave(group_size(q, k), 1).mT
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    kinds = torch.zeros_like(order, dtype=torch.int8)
+    kinds.scatter_(-1, order[..., :most], CRITICAL)
+    return kinds.scatter_(-1, order[..., blocks - least :], NEGLIGIBLE)
+
+
+def pooled(x: Tensor, size: int) -> Tensor:
+    """Mean of every block of `size` tokens, the last one over those it has: `[B, H, blocks, D]`, float32."""
+    rest = -x.shape[2] % size
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, size)).sum(3, dtype=exact)
+    sums[:, :, :-1] /= size
+    sums[:, :, -1] /= size - rest
+    return sums
+
+
+def sparse(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, size: tuple[int, int], scale: float, backend: str
+) -> Tensor:
+    """Softmax attention over the chosen blocks, `chosen [B, H, Mb, Nb]` bool with equally many in every row."""
+    if backend == "dense":
+        wide = spread(chosen, size, (q.shape[2], k.shape[2]))
+        group = group_size(q, k)
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        return reference(q, k, v, mask=wide, scale=scale)[0]
+    return gathered(q, k, v, chosen, size=size, scale=scale)
+
+
+def spread(chosen: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """A table of blocks as one of tokens: `[B, H, N, S]`."""
+    wide = chosen.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
+    return wide[:, :, : shape[0], : shape[1]]
+
+
+def gathered(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, size: tuple[int, int], scale: float) -> Tensor:
+    """`sparse` by gathering each query block's keys: a batch of short attentions."""
+    B, H, Mb, Nb = chosen.shape
+    group, tokens = group_size(q, k), k.shape[2]
+    count = int(chosen[0, 0, 0].sum())
+    index = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :count]
+    slots = (index[..., None] * size[1] + torch.arange(size[1], device=q.device)).flatten(3)
+    rows = torch.arange(B, device=q.device)[:, None, None, None]
+    heads = (torch.arange(H, device=q.device) // group)[None, :, None, None]
+    keys, values = (x[rows, heads, slots.clamp(max=tokens - 1)].flatten(0, 2)[:, None] for x in (k, v))
+    queries = F.pad(q, (0, 0, 0, -q.shape[2] % size[0])).unflatten(2, (Mb, size[0])).flatten(0, 2)[:, None]
+    call: dict[str, Any] = {"scale": scale, "causal": False}
+    if tokens % size[1]:
+        call["k_positions"] = torch.where(slots < tokens, slots, -1).flatten(0, 2)
+    out, _ = attend(queries, keys, values, **call)
+    return out[:, 0].unflatten(0, (B, H, Mb)).flatten(2, 3)[:, :, : q.shape[2]]
+
+
+def linear(
+    q: Tensor, k: Tensor, v: Tensor, kinds: Tensor, *, size: tuple[int, int], semantics: str, features: str
+) -> Tensor:
+    """`phi(q) sum_j h_j / (phi(q) . sum_j z_j)` with `h = phi(k)^T v`, `z = sum phi(k)` of the blocks that count.
+
+    Returns:
+        `[B, H, N, Dv]`, 0 where no block counts.
+    """
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    a, b = (FEATURES[features](x.to(exact)).to(x.dtype) for x in (q, k))
+    group = group_size(q, k)
+    if semantics == "all":
+        h, z = b.mT @ v, b.sum(2, dtype=exact)
+        h, z = (x.repeat_interleave(group, 1) for x in (h, z))
+        return ((a @ h) / ((a.to(exact) * z[:, :, None]).sum(-1, keepdim=True) + FLOOR)).to(q.dtype)
+    counted = kinds == MARGINAL if semantics == "paper" else kinds != CRITICAL
+    b, v = (F.pad(x, (0, 0, 0, -k.shape[2] % size[1])).unflatten(2, (-1, size[1])) for x in (b, v))
+    h, z = b.mT @ v, b.sum(3, dtype=exact)
+    h, z = (x.repeat_interleave(group, 1) for x in (h, z))
+    total = (counted.to(h.dtype) @ h.flatten(3)).unflatten(3, h.shape[3:])
+    mass = counted.to(z.dtype) @ z
+    rows = F.pad(a, (0, 0, 0, -q.shape[2] % size[0])).unflatten(2, (-1, size[0]))
+    below = (rows.to(exact) @ mass[..., None]).clamp(min=torch.finfo(exact).tiny)
+    return (rows @ total / below).to(q.dtype).flatten(2, 3)[:, :, : q.shape[2]]
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> None:
+    """Raise RegardError for arguments that do not belong together."""
+    four = q.dim() == k.dim() == v.dim() == 4 and 0 not in (*q.shape, *k.shape, *v.shape)
+    if not (four and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):
+        shapes = [list(x.shape) for x in (q, k, v)]
+        raise RegardError(f"q [B, H, N, D], k [B, Hk, S, D] and v [B, Hk, S, Dv] disagree or are empty: got {shapes}")
+    group_size(q, k)
+    wide = v.shape[3]
+    if weight.shape != (wide, wide) or (bias is not None and bias.shape != (wide,)):
+        got = list(weight.shape), None if bias is None else list(bias.shape)
+        raise RegardError(f"weight and bias must be [{wide}, {wide}] and [{wide}], got {got[0]} and {got[1]}")
+    if min(size) < 1:
+        raise RegardError(f"blocks need at least one token, got size {size}")

@@ -1,0 +1,165 @@
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from regard.core.errors import RegardError
+from regard.ops.sparsity import sla
+from regard.ops.sparsity.sla import CRITICAL, MARGINAL, NEGLIGIBLE
+
+ROUGH = {"critical": 0.3, "negligible": 0.3, "size": (8, 4)}
+
+
+def made(B=1, H=2, Hk=1, N=37, S=43, D=6, Dv=5, seed=0, dtype=torch.float64):
+    drawn = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=drawn, dtype=dtype)  # noqa: E731
+    q, k, v = normal(B, H, N, D), normal(B, Hk, S, D), normal(B, Hk, S, Dv)
+    return q, k, v, normal(Dv, Dv), normal(Dv)
+
+
+def by_loops(q, k, v, weight, bias, kinds, size, semantics, features):
+    """Token by token, as the sheet has it."""
+    B, H, N, D = q.shape
+    S, group = k.shape[2], H // k.shape[1]
+    phi = sla.FEATURES[features]
+    out = torch.zeros(B, H, N, v.shape[3], dtype=q.dtype)
+    for b in range(B):
+        for h in range(H):
+            keys, values = k[b, h // group], v[b, h // group]
+            for i in range(N):
+                kind = kinds[b, h, i // size[0]].repeat_interleave(size[1])[:S]
+                read = kind == CRITICAL
+                exact = torch.softmax(q[b, h, i] @ keys[read].T * D**-0.5, -1) @ values[read]
+                counted = {"paper": kind == MARGINAL, "rest": kind != CRITICAL, "all": kind == kind}[semantics]
+                share = phi(keys[counted]) @ phi(q[b, h, i])
+                below = share.sum() + (sla.FLOOR if semantics == "all" else 0)
+                # Nothing counts, or relu left nothing of the query.
+                smooth = share @ values[counted] / below if below > 0 else torch.zeros_like(bias)
+                out[b, h, i] = exact + smooth @ weight.T + bias
+    return out
+
+
+@pytest.mark.parametrize("features", sla.FEATURES)
+@pytest.mark.parametrize("semantics", sla.CARD.options["semantics"].choices)
+@pytest.mark.parametrize("backend", ["dense", "gather"])
+def test_definition(semantics, features, backend):
+    given = made(B=2)
+    kinds = sla.route(*given[:2], critical=0.3, negligible=0.3 if semantics == "paper" else 0.0, size=(8, 4))
+    expected = by_loops(*given, kinds, (8, 4), semantics, features)
+    found = sla.sla(*given, **ROUGH, semantics=semantics, features=features, backend=backend)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_routing():
+    q, k, *_ = made(N=10, S=16)
+    kinds = sla.route(q, k, critical=0.25, negligible=0.5, size=(4, 4))
+    assert kinds.shape == (1, 2, 3, 4)
+    for kind, count in ((CRITICAL, 1), (NEGLIGIBLE, 2), (MARGINAL, 1)):
+        assert ((kinds == kind).sum(-1) == count).all()
+    # The last block of queries has two tokens.
+    scores = q[0, 0, 8:].mean(0) @ k[0, 0].unflatten(0, (4, 4)).mean(1).T
+    assert kinds[0, 0, 2].argmax() == scores.argmax()
+    assert kinds[0, 0, 2].eq(NEGLIGIBLE).nonzero()[:, 0].tolist() == sorted(scores.argsort()[:2].tolist())
+
+
+def test_blocks_of_one_token_route_tokens():
+    q, k, *_ = made(H=1, N=5, S=8)
+    kinds = sla.route(q, k, critical=0.25, negligible=0.0, size=(1, 1))
+    best = (q @ k.mT).topk(2).indices
+    assert kinds.eq(CRITICAL).nonzero()[:, 3].view(1, 1, 5, 2).equal(best.sort().values)
+
+
+def test_all_critical_is_full_attention():
+    q, k, v, weight, bias = made(H=1)
+    found = sla.sla(q, k, v, weight, bias, critical=1.0, negligible=0.0, size=(8, 4))
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    # Nothing is left for the linear part, whose projection still adds its bias.
+    torch.testing.assert_close(found, full + bias, atol=1e-12, rtol=1e-12)
+
+
+def test_little_critical_is_linear_attention():
+    q, k, v, weight, _ = made(H=1)
+    kinds = sla.route(q, k, critical=0.1, negligible=0.0, size=(8, 4))
+    call = {"size": (8, 4), "features": "softmax"}
+    everything = sla.linear(q, k, v, kinds, semantics="all", **call)
+    a, b = q.softmax(-1), k.softmax(-1)
+    expected = a @ (b.mT @ v) / ((a @ b.mT).sum(-1, keepdim=True) + sla.FLOOR)
+    torch.testing.assert_close(everything, expected, atol=1e-12, rtol=1e-12)
+
+
+def test_chosen_blocks_are_the_total_less_the_others():
+    q, k, v, *_ = made(H=1, N=16, S=40)
+    kinds = sla.route(q, k, critical=0.3, negligible=0.3, size=(8, 4))
+    a, b = q.softmax(-1), k.softmax(-1)
+    share = a @ b.mT
+    left_out = sla.spread(kinds != MARGINAL, (8, 4), (16, 40))
+    less = share.masked_fill(~left_out, 0)
+    expected = (share @ v - less @ v) / (share.sum(-1, keepdim=True) - less.sum(-1, keepdim=True))
+    found = sla.linear(q, k, v, kinds, size=(8, 4), semantics="paper", features="softmax")
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("semantics", sla.CARD.options["semantics"].choices)
+def test_gradients(semantics):
+    given = [x.requires_grad_() for x in made(N=9, S=13, D=4, Dv=3)]
+    assert torch.autograd.gradcheck(lambda *x: sla.sla(*x, **ROUGH, semantics=semantics), given)
+
+
+def test_a_zero_projection_learns():
+    q, k, v, weight, bias = made()
+    weight = torch.zeros_like(weight, requires_grad=True)
+    sla.sla(q, k, v, weight, bias, **ROUGH).square().sum().backward()
+    assert weight.grad.abs().sum() > 0
+
+
+def clustered(N=4096, D=32):
+    """Tokens in runs of one direction each, so that few blocks carry most of the mass."""
+    drawn = torch.Generator().manual_seed(0)
+    centres = torch.randn(N // 256, D, generator=drawn) * 2
+    at = torch.arange(N) // 256
+    noise = lambda: torch.randn(1, 1, N, D, generator=drawn)  # noqa: E731
+    return centres[at] + noise(), centres[at] + noise(), noise() + torch.randn(N // 256, D, generator=drawn)[at]
+
+
+def test_linear_attention_mends_what_sparse_attention_leaves_out():
+    """At an equal share of critical blocks, once W is fitted by least squares."""
+    q, k, v = clustered(2048)
+    full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    kinds = sla.route(q, k, critical=0.05, negligible=0.0, size=(64, 64))
+    alone = sla.sparse(q, k, v, kinds == CRITICAL, size=(64, 64), scale=32**-0.5, backend="auto")
+    smooth = sla.linear(q, k, v, kinds, size=(64, 64), semantics="rest", features="softmax")
+    fitted = torch.linalg.lstsq(smooth[0, 0], (full - alone)[0, 0]).solution
+    before, after = ((full - x).norm() / full.norm() for x in (alone, alone + smooth @ fitted))
+    assert after < 0.95 * before
+
+
+def test_work():
+    """Products at a share of 5 % take at most 8 % of those of full attention."""
+    q, k, v = (x.expand(1, 1, -1, -1) for x in clustered())
+    weight = torch.zeros(32, 32)
+    with FlopCounterMode(display=False) as counted:
+        sla.sla(q, k, v, weight, critical=0.05, semantics="all", backend="gather")
+    assert counted.get_total_flops() <= 0.08 * 4 * 4096**2 * 32
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"critical": 0.05}, "critical=0.05 of 11 key blocks is none"),
+        ({"critical": 0.6, "negligible": 0.6}, "0.6 \\+ 0.6 > 1"),
+        ({"semantics": "papers"}, "semantics"),
+        ({"features": "gelu"}, "features"),
+        ({"backend": "flash"}, "backend"),
+        ({"size": (0, 4)}, "at least one token"),
+    ],
+)
+def test_bad_input(changed, message):
+    with pytest.raises(RegardError, match=message):
+        sla.sla(*made(), **{**ROUGH, **changed})
+
+
+def test_bad_shapes():
+    q, k, v, weight, bias = made()
+    with pytest.raises(RegardError, match="weight and bias must be"):
+        sla.sla(q, k, v, weight[:3], bias, **ROUGH)
+    with pytest.raises(RegardError, match="disagree"):
+        sla.sla(q, k, v[:, :, 1:], weight, bias, **ROUGH)
