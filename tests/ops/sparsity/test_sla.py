@@ -80,7 +80,7 @@ def test_little_critical_is_linear_attention():
     q, k, v, weight, _ = made(H=1)
     kinds = sla.route(q, k, critical=0.1, negligible=0.0, size=(8, 4))
     call = {"size": (8, 4), "features": "softmax"}
-    everything = sla.linear(q, k, v, kinds, semantics="all", **call)
+    everything = sla.linear(q, k, v, kinds, torch.eye(5).double(), semantics="all", **call)
     a, b = q.softmax(-1), k.softmax(-1)
     expected = a @ (b.mT @ v) / ((a @ b.mT).sum(-1, keepdim=True) + sla.FLOOR)
     torch.testing.assert_close(everything, expected, atol=1e-12, rtol=1e-12)
@@ -94,7 +94,9 @@ def test_chosen_blocks_are_the_total_less_the_others():
     left_out = sla.spread(kinds != MARGINAL, (8, 4), (16, 40))
     less = share.masked_fill(~left_out, 0)
     expected = (share @ v - less @ v) / (share.sum(-1, keepdim=True) - less.sum(-1, keepdim=True))
-    found = sla.linear(q, k, v, kinds, size=(8, 4), semantics="paper", features="softmax")
+    found = sla.linear(
+        q, k, v, kinds, torch.eye(5).double(), size=(8, 4), semantics="paper", features="softmax"
+    )
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
@@ -126,7 +128,7 @@ def test_linear_attention_mends_what_sparse_attention_leaves_out():
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     kinds = sla.route(q, k, critical=0.05, negligible=0.0, size=(64, 64))
     alone = sla.sparse(q, k, v, kinds == CRITICAL, size=(64, 64), scale=32**-0.5, backend="auto")
-    smooth = sla.linear(q, k, v, kinds, size=(64, 64), semantics="rest", features="softmax")
+    smooth = sla.linear(q, k, v, kinds, torch.eye(32), size=(64, 64), semantics="rest", features="softmax")
     fitted = torch.linalg.lstsq(smooth[0, 0], (full - alone)[0, 0]).solution
     before, after = ((full - x).norm() / full.norm() for x in (alone, alone + smooth @ fitted))
     assert after < 0.95 * before

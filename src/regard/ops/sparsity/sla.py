@@ -1,14 +1,17 @@
 """A few blocks exactly, the middling ones by linear attention, the rest not at all (SLA, sparse-linear attention)."""
 
+from importlib import import_module
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError, choose
 from regard.core.shapes import group_size
+from regard.kernels import device
 from regard.ops.attention import attend
 from regard.primitives.reference import reference
 
@@ -103,8 +106,10 @@ def sla(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     kinds = route(q, k, critical=critical, negligible=negligible if semantics == "paper" else 0.0, size=size)
     exact = sparse(q, k, v, kinds == CRITICAL, size=size, scale=scale, backend=backend)
-    smooth = linear(q, k, v, kinds, size=size, semantics=semantics, features=features)
-    return exact + F.linear(smooth, weight.to(smooth.dtype), None if bias is None else bias.to(smooth.dtype))
+    if semantics == "all" and backend in ("auto", "block") and _kernel_refuses(q, k, v) is None:
+        return _Linear.apply(q, k, v, weight, exact, bias, features)  # type: ignore[return-value]
+    smooth = linear(q, k, v, kinds, weight.to(q.dtype), size=size, semantics=semantics, features=features)
+    return exact + smooth if bias is None else exact + smooth + bias.to(q.dtype)
 
 
 @torch.no_grad()
@@ -179,20 +184,29 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, size: tuple[int
 
 
 def linear(
-    q: Tensor, k: Tensor, v: Tensor, kinds: Tensor, *, size: tuple[int, int], semantics: str, features: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kinds: Tensor,
+    weight: Tensor,
+    *,
+    size: tuple[int, int],
+    semantics: str,
+    features: str,
 ) -> Tensor:
-    """`phi(q) sum_j h_j / (phi(q) . sum_j z_j)` with `h = phi(k)^T v`, `z = sum phi(k)` of the blocks that count.
+    """`phi(q) sum_j h_j / (phi(q) . sum_j z_j) W^T` with `h = phi(k)^T v`, `z = sum phi(k)` of the blocks that count.
 
     Returns:
         `[B, H, N, Dv]`, 0 where no block counts.
     """
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    a, b = (FEATURES[features](x.to(exact)).to(x.dtype) for x in (q, k))
+    a, b = FEATURES[features](q), FEATURES[features](k)
     group = group_size(q, k)
     if semantics == "all":
-        h, z = b.mT @ v, b.sum(2, dtype=exact)
+        # Projected before the queries read it: one product with all tokens less.
+        h, z = b.mT @ v @ weight.mT, b.sum(2, dtype=exact)
         h, z = (x.repeat_interleave(group, 1) for x in (h, z))
-        return ((a @ h) / ((a.to(exact) * z[:, :, None]).sum(-1, keepdim=True) + FLOOR)).to(q.dtype)
+        return ((a @ h) / ((a @ z.to(a.dtype)[..., None]).to(exact) + FLOOR)).to(q.dtype)
     counted = kinds == MARGINAL if semantics == "paper" else kinds != CRITICAL
     b, v = (F.pad(x, (0, 0, 0, -k.shape[2] % size[1])).unflatten(2, (-1, size[1])) for x in (b, v))
     h, z = b.mT @ v, b.sum(3, dtype=exact)
@@ -200,8 +214,42 @@ def linear(
     total = (counted.to(h.dtype) @ h.flatten(3)).unflatten(3, h.shape[3:])
     mass = counted.to(z.dtype) @ z
     rows = F.pad(a, (0, 0, 0, -q.shape[2] % size[0])).unflatten(2, (-1, size[0]))
-    below = (rows.to(exact) @ mass[..., None]).clamp(min=torch.finfo(exact).tiny)
-    return (rows @ total / below).to(q.dtype).flatten(2, 3)[:, :, : q.shape[2]]
+    below = (rows @ mass.to(a.dtype)[..., None]).to(exact).clamp(min=torch.finfo(exact).tiny)
+    smooth = (rows @ total / below).to(q.dtype).flatten(2, 3)[:, :, : q.shape[2]]
+    return smooth @ weight.mT
+
+
+def _kernel_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels of the linear part over all tokens cannot do this call, or None."""
+    if why := device.refuses(q):
+        return why
+    return import_module("regard.kernels.sparsity.sla").refuses(q, k, v)
+
+
+class _Linear(torch.autograd.Function):
+    """`exact + linear(...) + bias` with semantics "all", by kernels; gradients by the definition."""
+
+    @staticmethod
+    def forward(ctx: Any, q, k, v, weight, exact, bias, features):
+        ctx.save_for_backward(q, k, v, weight, bias)
+        ctx.features = features
+        kernel = import_module("regard.kernels.sparsity.sla")
+        return kernel.linear(q, k, v, weight, exact, bias, features=features, floor=FLOOR)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout):
+        *given, bias = ctx.saved_tensors
+        leaves = [x.detach().requires_grad_() for x in given]
+        q, k, v, weight = leaves
+        with torch.enable_grad():
+            # Routing does not matter where all blocks count.
+            kinds = torch.empty(0, dtype=torch.int8, device=q.device)
+            call = {"size": (1, 1), "semantics": "all", "features": ctx.features}
+            out = linear(q, k, v, kinds, weight.to(q.dtype), **call)
+        grads = torch.autograd.grad(out, leaves, dout)
+        dbias = None if bias is None else dout.sum((0, 1, 2)).to(bias.dtype)
+        return *grads, dout, dbias, None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> None:
