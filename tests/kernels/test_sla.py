@@ -36,13 +36,11 @@ def test_forward_and_gradients(features, dtype):
 
     def definition(q, k, v, weight, exact, bias):
         call = {"size": (1, 1), "semantics": "all", "features": features}
-        return exact + sla.linear(q, k, v, torch.empty(0), weight, **call) + bias
+        return exact + sla.linear(q, k, v, None, weight, **call) + bias
 
     expected = run(lambda x: torch.float64, definition)
     with filled_with_nan():
-        found = run(
-            lambda x: dtype, lambda *x: sla._Linear.apply(*(y.to(DEVICE) for y in x), features)
-        )
+        found = run(lambda x: dtype, lambda *x: sla._Linear.apply(*(y.to(DEVICE) for y in x), features))
     for name, x, y in zip(("out", "q", "k", "v", "weight", "exact", "bias"), found, expected, strict=True):
         assert x.dtype == dtype, name
         close(x, y, FLOATS[dtype] * 4)
@@ -52,8 +50,8 @@ def test_several_pieces(monkeypatch):
     """Tokens in more pieces than one, the last of them short, and rows of a batch."""
     kernel = pytest.importorskip("regard.kernels.sparsity.sla")
     monkeypatch.setattr(kernel, "ROWS", 16)
-    q, k, v, weight, exact, bias = (x.float() for x in made(B=2))
-    expected = exact + sla.linear(q, k, v, torch.empty(0), weight, size=(1, 1), semantics="all", features="softmax")
+    q, k, v, weight, exact, _ = (x.float() for x in made(B=2))
+    expected = exact + sla.linear(q, k, v, None, weight, size=(1, 1), semantics="all", features="softmax")
     with filled_with_nan():
         call = {"features": "softmax", "floor": sla.FLOOR}
         found = kernel.linear(*(x.to(DEVICE) for x in (q, k, v, weight, exact)), None, **call)

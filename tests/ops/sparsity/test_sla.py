@@ -4,7 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regard.core.errors import RegardError
 from regard.ops.sparsity import sla
-from regard.ops.sparsity.sla import CRITICAL, MARGINAL, NEGLIGIBLE
+from regard.primitives.routing import spread
 
 ROUGH = {"critical": 0.3, "negligible": 0.3, "size": (8, 4)}
 
@@ -16,20 +16,20 @@ def made(B=1, H=2, Hk=1, N=37, S=43, D=6, Dv=5, seed=0, dtype=torch.float64):
     return q, k, v, normal(Dv, Dv), normal(Dv)
 
 
-def by_loops(q, k, v, weight, bias, kinds, size, semantics, features):
+def by_loops(q, k, v, weight, bias, routing, size, semantics, features):
     """Token by token, as the sheet has it."""
     B, H, N, D = q.shape
     S, group = k.shape[2], H // k.shape[1]
     phi = sla.FEATURES[features]
+    tables = [spread(routing.table(between=which), size, (N, S)) for which in (False, True)]
     out = torch.zeros(B, H, N, v.shape[3], dtype=q.dtype)
     for b in range(B):
         for h in range(H):
             keys, values = k[b, h // group], v[b, h // group]
             for i in range(N):
-                kind = kinds[b, h, i // size[0]].repeat_interleave(size[1])[:S]
-                read = kind == CRITICAL
+                read, between = (table[b, h, i] for table in tables)
                 exact = torch.softmax(q[b, h, i] @ keys[read].T * D**-0.5, -1) @ values[read]
-                counted = {"paper": kind == MARGINAL, "rest": kind != CRITICAL, "all": kind == kind}[semantics]
+                counted = {"paper": between, "rest": ~read, "all": read | ~read}[semantics]
                 share = phi(keys[counted]) @ phi(q[b, h, i])
                 below = share.sum() + (sla.FLOOR if semantics == "all" else 0)
                 # Nothing counts, or relu left nothing of the query.
@@ -43,29 +43,37 @@ def by_loops(q, k, v, weight, bias, kinds, size, semantics, features):
 @pytest.mark.parametrize("backend", ["dense", "gather"])
 def test_definition(semantics, features, backend):
     given = made(B=2)
-    kinds = sla.route(*given[:2], critical=0.3, negligible=0.3 if semantics == "paper" else 0.0, size=(8, 4))
-    expected = by_loops(*given, kinds, (8, 4), semantics, features)
+    routing = sla.route(*given[:2], critical=0.3, negligible=0.3 if semantics == "paper" else 0.0, size=(8, 4))
+    expected = by_loops(*given, routing, (8, 4), semantics, features)
     found = sla.sla(*given, **ROUGH, semantics=semantics, features=features, backend=backend)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
 def test_routing():
     q, k, *_ = made(N=10, S=16)
-    kinds = sla.route(q, k, critical=0.25, negligible=0.5, size=(4, 4))
-    assert kinds.shape == (1, 2, 3, 4)
-    for kind, count in ((CRITICAL, 1), (NEGLIGIBLE, 2), (MARGINAL, 1)):
-        assert ((kinds == kind).sum(-1) == count).all()
+    routing = sla.route(q, k, critical=0.25, negligible=0.5, size=(4, 4))
+    assert routing.chosen.shape == (1, 2, 3, 1)
+    assert routing.dropped.shape == (1, 2, 3, 2)
+    assert (routing.table().sum(-1) == 1).all()
+    assert (routing.table(between=True).sum(-1) == 1).all()
     # The last block of queries has two tokens.
     scores = q[0, 0, 8:].mean(0) @ k[0, 0].unflatten(0, (4, 4)).mean(1).T
-    assert kinds[0, 0, 2].argmax() == scores.argmax()
-    assert kinds[0, 0, 2].eq(NEGLIGIBLE).nonzero()[:, 0].tolist() == sorted(scores.argsort()[:2].tolist())
+    assert routing.chosen[0, 0, 2].tolist() == [scores.argmax()]
+    assert set(routing.dropped[0, 0, 2].tolist()) == set(scores.argsort()[:2].tolist())
 
 
 def test_blocks_of_one_token_route_tokens():
     q, k, *_ = made(H=1, N=5, S=8)
-    kinds = sla.route(q, k, critical=0.25, negligible=0.0, size=(1, 1))
-    best = (q @ k.mT).topk(2).indices
-    assert kinds.eq(CRITICAL).nonzero()[:, 3].view(1, 1, 5, 2).equal(best.sort().values)
+    routing = sla.route(q, k, critical=0.25, negligible=0.0, size=(1, 1))
+    assert routing.chosen.equal((q @ k.mT).topk(2).indices.sort().values)
+
+
+def test_block_lists_show_critical_blocks():
+    q, k, *_ = made(N=130, S=140)
+    routing = sla.route(q, k, critical=0.5, negligible=0.0, size=(64, 32))
+    listed = routing.listed((64, 32), (130, 140))
+    assert listed.to_dense().equal(spread(routing.table(), (64, 32), (130, 140)))
+    assert listed.full.sum() < listed.count.sum()
 
 
 def test_all_critical_is_full_attention():
@@ -77,10 +85,9 @@ def test_all_critical_is_full_attention():
 
 
 def test_little_critical_is_linear_attention():
-    q, k, v, weight, _ = made(H=1)
-    kinds = sla.route(q, k, critical=0.1, negligible=0.0, size=(8, 4))
+    q, k, v, *_ = made(H=1)
     call = {"size": (8, 4), "features": "softmax"}
-    everything = sla.linear(q, k, v, kinds, torch.eye(5).double(), semantics="all", **call)
+    everything = sla.linear(q, k, v, None, torch.eye(5).double(), semantics="all", **call)
     a, b = q.softmax(-1), k.softmax(-1)
     expected = a @ (b.mT @ v) / ((a @ b.mT).sum(-1, keepdim=True) + sla.FLOOR)
     torch.testing.assert_close(everything, expected, atol=1e-12, rtol=1e-12)
@@ -88,15 +95,13 @@ def test_little_critical_is_linear_attention():
 
 def test_chosen_blocks_are_the_total_less_the_others():
     q, k, v, *_ = made(H=1, N=16, S=40)
-    kinds = sla.route(q, k, critical=0.3, negligible=0.3, size=(8, 4))
+    routing = sla.route(q, k, critical=0.3, negligible=0.3, size=(8, 4))
     a, b = q.softmax(-1), k.softmax(-1)
     share = a @ b.mT
-    left_out = sla.spread(kinds != MARGINAL, (8, 4), (16, 40))
+    left_out = spread(~routing.table(between=True), (8, 4), (16, 40))
     less = share.masked_fill(~left_out, 0)
     expected = (share @ v - less @ v) / (share.sum(-1, keepdim=True) - less.sum(-1, keepdim=True))
-    found = sla.linear(
-        q, k, v, kinds, torch.eye(5).double(), size=(8, 4), semantics="paper", features="softmax"
-    )
+    found = sla.linear(q, k, v, routing, torch.eye(5).double(), size=(8, 4), semantics="paper", features="softmax")
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
@@ -126,9 +131,9 @@ def test_linear_attention_mends_what_sparse_attention_leaves_out():
     """At an equal share of critical blocks, once W is fitted by least squares."""
     q, k, v = clustered(2048)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-    kinds = sla.route(q, k, critical=0.05, negligible=0.0, size=(64, 64))
-    alone = sla.sparse(q, k, v, kinds == CRITICAL, size=(64, 64), scale=32**-0.5, backend="auto")
-    smooth = sla.linear(q, k, v, kinds, torch.eye(32), size=(64, 64), semantics="rest", features="softmax")
+    routing = sla.route(q, k, critical=0.05, negligible=0.0, size=(64, 64))
+    alone = sla.sparse(q, k, v, routing, size=(64, 64), scale=32**-0.5, backend="auto")
+    smooth = sla.linear(q, k, v, routing, torch.eye(32), size=(64, 64), semantics="rest", features="softmax")
     fitted = torch.linalg.lstsq(smooth[0, 0], (full - alone)[0, 0]).solution
     before, after = ((full - x).norm() / full.norm() for x in (alone, alone + smooth @ fitted))
     assert after < 0.95 * before

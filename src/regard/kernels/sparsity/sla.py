@@ -1,7 +1,7 @@
 """SLA's linear part over all tokens, each of q, k, v and the output read or written once.
 
-`summarise` makes `h = phi(k)^T v` and `z = sum phi(k)` in pieces of the tokens; `finish` reads them with phi(q) and adds
-what the exact part found. Features are computed where they are used and never stored.
+`summarise` makes `h = phi(k)^T v` and `z = sum phi(k)` in pieces of the tokens; `finish` reads them with phi(q) and
+adds what the exact part found. Features are computed where they are used and never stored.
 """
 
 import torch
@@ -114,4 +114,8 @@ def finish(
     out = dot(a.to(q.dtype), read, PRECISION) / (tl.sum(a * z[None, :], 1) + floor)[:, None] + added.to(tl.float32)
     if BIAS is not None:
         out += tl.load(BIAS + columns).to(tl.float32)[None, :]
-    tl.store(OUT + batch * so[0] + head * so[1] + at[:, None] * so[2] + columns[None, :], out.to(OUT.dtype.element_ty), mask=ok)
+    tl.store(
+        OUT + batch * so[0] + head * so[1] + at[:, None] * so[2] + columns[None, :],
+        out.to(OUT.dtype.element_ty),
+        mask=ok,
+    )

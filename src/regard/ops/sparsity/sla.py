@@ -14,6 +14,7 @@ from regard.core.shapes import group_size
 from regard.kernels import device
 from regard.ops.attention import attend
 from regard.primitives.reference import reference
+from regard.primitives.routing import Routing, pooled, spread
 
 CARD = Card(
     title="SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
@@ -46,8 +47,6 @@ CARD = Card(
         "features": Option(kind="str", default="softmax", choices=("softmax", "elu", "relu"), doc="of q and k"),
     },
 )
-# What a query block makes of a key block.
-NEGLIGIBLE, MARGINAL, CRITICAL = -1, 0, 1
 BACKENDS = ("auto", "dense", "gather", "block")
 FLOOR = 1e-5  # of the denominator, in the current release
 FEATURES = {
@@ -104,19 +103,19 @@ def sla(
     if backend not in BACKENDS:
         choose("backend", backend, BACKENDS)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    kinds = route(q, k, critical=critical, negligible=negligible if semantics == "paper" else 0.0, size=size)
-    exact = sparse(q, k, v, kinds == CRITICAL, size=size, scale=scale, backend=backend)
+    routing = route(q, k, critical=critical, negligible=negligible if semantics == "paper" else 0.0, size=size)
+    exact = sparse(q, k, v, routing, size=size, scale=scale, backend=backend)
     if semantics == "all" and backend in ("auto", "block") and _kernel_refuses(q, k, v) is None:
         return _Linear.apply(q, k, v, weight, exact, bias, features)  # type: ignore[return-value]
-    smooth = linear(q, k, v, kinds, weight.to(q.dtype), size=size, semantics=semantics, features=features)
+    smooth = linear(q, k, v, routing, weight.to(q.dtype), size=size, semantics=semantics, features=features)
     return exact + smooth if bias is None else exact + smooth + bias.to(q.dtype)
 
 
 @torch.no_grad()
-def route(q: Tensor, k: Tensor, *, critical: float, negligible: float, size: tuple[int, int]) -> Tensor:
-    """What each block of queries makes of each block of keys: int8 `[B, H, Mb, Nb]`.
+def route(q: Tensor, k: Tensor, *, critical: float, negligible: float, size: tuple[int, int]) -> Routing:
+    """Rank the key blocks of each block of queries: the first `critical` of them, the last `negligible`.
 
-    The scores of mean queries with mean keys are ranked: the first `critical` of them, the last `negligible`.
+    The rank is that of the product of mean query and mean key. The device is not waited for.
 
     Raises:
         RegardError: no block would be critical, or the shares add up to more than 1.
@@ -131,63 +130,36 @@ def route(q: Tensor, k: Tensor, *, critical: float, negligible: float, size: tup
             f"or blocks smaller than {size[1]}"
         )
     scores = pooled(q, size[0]) @ pooled(k, size[1]).repeat_interleave(group_size(q, k), 1).mT
+    if least == 0:
+        first = scores.topk(most, -1, sorted=False).indices
+        return Routing(first.sort(-1).values, first[..., :0], blocks)
     order = scores.argsort(dim=-1, descending=True, stable=True)
-    kinds = torch.zeros_like(order, dtype=torch.int8)
-    kinds.scatter_(-1, order[..., :most], CRITICAL)
-    return kinds.scatter_(-1, order[..., blocks - least :], NEGLIGIBLE)
-
-
-def pooled(x: Tensor, size: int) -> Tensor:
-    """Mean of every block of `size` tokens, the last one over those it has: `[B, H, blocks, D]`, float32."""
-    rest = -x.shape[2] % size
-    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, size)).sum(3, dtype=exact)
-    sums[:, :, :-1] /= size
-    sums[:, :, -1] /= size - rest
-    return sums
+    return Routing(order[..., :most].sort(-1).values, order[..., blocks - least :], blocks)
 
 
 def sparse(
-    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, size: tuple[int, int], scale: float, backend: str
+    q: Tensor, k: Tensor, v: Tensor, routing: Routing, *, size: tuple[int, int], scale: float, backend: str
 ) -> Tensor:
-    """Softmax attention over the chosen blocks, `chosen [B, H, Mb, Nb]` bool with equally many in every row."""
+    """Softmax attention over the critical blocks alone, `[B, H, N, Dv]`."""
     if backend == "dense":
-        wide = spread(chosen, size, (q.shape[2], k.shape[2]))
+        wide = spread(routing.table(), size, (q.shape[2], k.shape[2]))
         group = group_size(q, k)
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return reference(q, k, v, mask=wide, scale=scale)[0]
-    return gathered(q, k, v, chosen, size=size, scale=scale)
-
-
-def spread(chosen: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """A table of blocks as one of tokens: `[B, H, N, S]`."""
-    wide = chosen.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)
-    return wide[:, :, : shape[0], : shape[1]]
-
-
-def gathered(q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, *, size: tuple[int, int], scale: float) -> Tensor:
-    """`sparse` by gathering each query block's keys: a batch of short attentions."""
-    B, H, Mb, Nb = chosen.shape
-    group, tokens = group_size(q, k), k.shape[2]
-    count = int(chosen[0, 0, 0].sum())
-    index = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[..., :count]
-    slots = (index[..., None] * size[1] + torch.arange(size[1], device=q.device)).flatten(3)
-    rows = torch.arange(B, device=q.device)[:, None, None, None]
-    heads = (torch.arange(H, device=q.device) // group)[None, :, None, None]
-    keys, values = (x[rows, heads, slots.clamp(max=tokens - 1)].flatten(0, 2)[:, None] for x in (k, v))
-    queries = F.pad(q, (0, 0, 0, -q.shape[2] % size[0])).unflatten(2, (Mb, size[0])).flatten(0, 2)[:, None]
-    call: dict[str, Any] = {"scale": scale, "causal": False}
-    if tokens % size[1]:
-        call["k_positions"] = torch.where(slots < tokens, slots, -1).flatten(0, 2)
-    out, _ = attend(queries, keys, values, **call)
-    return out[:, 0].unflatten(0, (B, H, Mb)).flatten(2, 3)[:, :, : q.shape[2]]
+    why = _blocks_refuse(q, k, v, size)
+    if why is None and backend != "gather":
+        kernel = import_module("regard.kernels.attention.block")
+        return kernel.attend(q, k, v, routing.listed(size, (q.shape[2], k.shape[2])), scale=scale)[0]
+    if backend == "block":
+        raise RegardError(f"backend 'block' refuses: {why}. Use backend='gather' or 'auto'")
+    return routing.gathered(q, k, v, attend, size=size, scale=scale)
 
 
 def linear(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    kinds: Tensor,
+    routing: Routing | None,
     weight: Tensor,
     *,
     size: tuple[int, int],
@@ -195,6 +167,8 @@ def linear(
     features: str,
 ) -> Tensor:
     """`phi(q) sum_j h_j / (phi(q) . sum_j z_j) W^T` with `h = phi(k)^T v`, `z = sum phi(k)` of the blocks that count.
+
+    No routing is needed where all count.
 
     Returns:
         `[B, H, N, Dv]`, 0 where no block counts.
@@ -207,7 +181,8 @@ def linear(
         h, z = b.mT @ v @ weight.mT, b.sum(2, dtype=exact)
         h, z = (x.repeat_interleave(group, 1) for x in (h, z))
         return ((a @ h) / ((a @ z.to(a.dtype)[..., None]).to(exact) + FLOOR)).to(q.dtype)
-    counted = kinds == MARGINAL if semantics == "paper" else kinds != CRITICAL
+    assert routing is not None
+    counted = routing.table(between=True)
     b, v = (F.pad(x, (0, 0, 0, -k.shape[2] % size[1])).unflatten(2, (-1, size[1])) for x in (b, v))
     h, z = b.mT @ v, b.sum(3, dtype=exact)
     h, z = (x.repeat_interleave(group, 1) for x in (h, z))
@@ -217,6 +192,13 @@ def linear(
     below = (rows @ mass.to(a.dtype)[..., None]).to(exact).clamp(min=torch.finfo(exact).tiny)
     smooth = (rows @ total / below).to(q.dtype).flatten(2, 3)[:, :, : q.shape[2]]
     return smooth @ weight.mT
+
+
+def _blocks_refuse(q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> str | None:
+    """Why the kernels over block lists cannot do the exact part, or None."""
+    if why := device.refuses(q):
+        return why
+    return import_module("regard.kernels.attention.block").refuses(q, k, v, size=size)
 
 
 def _kernel_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -243,10 +225,8 @@ class _Linear(torch.autograd.Function):
         leaves = [x.detach().requires_grad_() for x in given]
         q, k, v, weight = leaves
         with torch.enable_grad():
-            # Routing does not matter where all blocks count.
-            kinds = torch.empty(0, dtype=torch.int8, device=q.device)
             call = {"size": (1, 1), "semantics": "all", "features": ctx.features}
-            out = linear(q, k, v, kinds, weight.to(q.dtype), **call)
+            out = linear(q, k, v, None, weight.to(q.dtype), **call)
         grads = torch.autograd.grad(out, leaves, dout)
         dbias = None if bias is None else dout.sum((0, 1, 2)).to(bias.dtype)
         return *grads, dout, dbias, None
