@@ -102,9 +102,9 @@ def sla(
         choose("features", features, tuple(FEATURES))
     if backend not in BACKENDS:
         choose("backend", backend, BACKENDS)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
+    factor = q.shape[3] ** -0.5 if scale is None else float(scale)
     routing = route(q, k, critical=critical, negligible=negligible if semantics == "paper" else 0.0, size=size)
-    exact = sparse(q, k, v, routing, size=size, scale=scale, backend=backend)
+    exact = sparse(q, k, v, routing, size=size, scale=factor, backend=backend)
     if semantics == "all" and backend in ("auto", "block") and _kernel_refuses(q, k, v) is None:
         return _Linear.apply(q, k, v, weight, exact, bias, features)  # type: ignore[return-value]
     smooth = linear(q, k, v, routing, weight.to(q.dtype), size=size, semantics=semantics, features=features)
