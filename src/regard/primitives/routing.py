@@ -64,12 +64,12 @@ class Routing(NamedTuple):
 
 def pooled(x: Tensor, size: int) -> Tensor:
     """Mean of every block of `size` tokens, the last one over those it has: `[B, H, blocks, D]`, float32."""
-    rest = -x.shape[2] % size
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = F.pad(x, (0, 0, 0, rest)).unflatten(2, (-1, size)).sum(3, dtype=exact)
-    sums[:, :, :-1] /= size
-    sums[:, :, -1] /= size - rest
-    return sums
+    whole = x.shape[2] // size * size
+    means = x[:, :, :whole].unflatten(2, (-1, size)).mean(3, dtype=exact)
+    if whole == x.shape[2]:
+        return means
+    return torch.cat((means, x[:, :, whole:].mean(2, keepdim=True, dtype=exact)), 2)
 
 
 def spread(table: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
