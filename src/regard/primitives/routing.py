@@ -1,0 +1,77 @@
+"""Blocks of keys chosen for blocks of queries by content: tables, lists for kernels, and a form for any device."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regard.core.shapes import group_size
+from regard.primitives.block_list import BlockList
+
+Attend = Callable[..., tuple[Tensor, Tensor]]
+
+
+class Routing(NamedTuple):
+    """Key blocks of every block of queries: `chosen [B, H, Mb, n]` ascending, `dropped [B, H, Mb, m]`, of `blocks`."""
+
+    chosen: Tensor
+    dropped: Tensor
+    blocks: int
+
+    def table(self, *, between: bool = False) -> Tensor:
+        """Bool `[B, H, Mb, blocks]`: which are chosen, or which are neither chosen nor dropped."""
+        shape = (*self.chosen.shape[:3], self.blocks)
+        chosen = torch.zeros(shape, dtype=torch.bool, device=self.chosen.device).scatter_(-1, self.chosen, True)
+        return ~chosen.scatter_(-1, self.dropped, True) if between else chosen
+
+    def listed(self, size: tuple[int, int], shape: tuple[int, int]) -> BlockList:
+        """The chosen blocks of `shape` (queries, keys) as a block list.
+
+        Only the last block of keys can be cut, and it is the last of its row.
+        """
+        index, rest = self.chosen, shape[1] % size[1]
+        like = {"dtype": torch.int32, "device": index.device}
+        cut = index == self.blocks - 1 if rest else torch.zeros_like(index, dtype=torch.bool)
+        count = torch.full(index.shape[:3], index.shape[3], **like)
+        bounds = torch.zeros(1, size[0], 2, dtype=torch.int16, device=index.device)
+        bounds[..., 1] = rest
+        bits = torch.zeros(0, size[0], size[1] // 32, **like)
+        part = cut.int() - 1  # 0, the one row of bounds, or -1: whole
+        return BlockList(size, *shape, count - cut.sum(-1).int(), count, index.int(), part, bounds, bits)
+
+    def gathered(
+        self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, *, size: tuple[int, int], scale: float
+    ) -> Tensor:
+        """Softmax attention over the chosen blocks by gathering each query block's keys: a batch of short attentions.
+
+        `attend` is called as `regard.attend`; it is given here because primitives lie below `ops`.
+        """
+        B, H, Mb, _ = self.chosen.shape
+        group, tokens = group_size(q, k), k.shape[2]
+        slots = (self.chosen[..., None] * size[1] + torch.arange(size[1], device=q.device)).flatten(3)
+        rows = torch.arange(B, device=q.device)[:, None, None, None]
+        heads = (torch.arange(H, device=q.device) // group)[None, :, None, None]
+        keys, values = (x[rows, heads, slots.clamp(max=tokens - 1)].flatten(0, 2)[:, None] for x in (k, v))
+        queries = F.pad(q, (0, 0, 0, -q.shape[2] % size[0])).unflatten(2, (Mb, size[0])).flatten(0, 2)[:, None]
+        call: dict[str, Any] = {"scale": scale, "causal": False}
+        if tokens % size[1]:
+            call["k_positions"] = torch.where(slots < tokens, slots, -1).flatten(0, 2)
+        out, _ = attend(queries, keys, values, **call)
+        return out[:, 0].unflatten(0, (B, H, Mb)).flatten(2, 3)[:, :, : q.shape[2]]
+
+
+def pooled(x: Tensor, size: int) -> Tensor:
+    """Mean of every block of `size` tokens, the last one over those it has: `[B, H, blocks, D]`, float32."""
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    whole = x.shape[2] // size * size
+    means = x[:, :, :whole].unflatten(2, (-1, size)).mean(3, dtype=exact)
+    if whole == x.shape[2]:
+        return means
+    return torch.cat((means, x[:, :, whole:].mean(2, keepdim=True, dtype=exact)), 2)
+
+
+def spread(table: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
+    """A table of blocks as one of tokens: `[B, H, N, S]`."""
+    return table.repeat_interleave(size[0], 2).repeat_interleave(size[1], 3)[:, :, : shape[0], : shape[1]]
