@@ -345,7 +345,7 @@ def test_a_named_backend_refuses_with_its_reason_and_auto_says_why():
         ({"k": torch.zeros(2, 3, 6, 8), "v": torch.zeros(2, 3, 6, 8)}, "3 key heads do not divide 4"),
         ({"q": torch.zeros(4, 5, 8)}, r"\[4, 5, 8\]"),
         ({"pattern": Pattern.stack_heads([LOCAL] * 3)}, "3 heads for 2 key heads"),
-        ({"pattern": LOCAL, "causal": False}, "patterns are causal"),
+        ({"pattern": LOCAL, "causal": False}, "window 5 is cut at the query's own position"),
         ({"bias": torch.zeros(3, 6)}, r"\[3, 6\]"),
         ({"bias": torch.ones(5, 6, dtype=torch.bool)}, "bool"),
         ({"q_positions": torch.zeros(1, 4).long()}, r"q_positions must be \[1 or B, 5\]"),

@@ -8,6 +8,8 @@ from regard.core.pattern import Pattern
 from regard.primitives.block_list import build
 
 PATTERNS = [
+    Pattern.full(),
+    Pattern.prefix(70),
     Pattern.causal(),
     ~Pattern.causal(),
     Pattern.window(50) | Pattern.sink(3),

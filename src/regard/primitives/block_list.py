@@ -3,10 +3,15 @@
 Rows and keys are cut into blocks of `size = (M, N)`. For every block of rows, `index` lists the blocks of keys that any
 of its rows sees: those that are seen whole first, then those that are cut. How a block is cut is one row of
 `bounds` (each row of the block sees one interval of its keys) or of `bits` (anything else); equal cuts share a row.
+
+`build` asks each rule which ranges of positions it settles (`Rule.cover`), and looks at the pairs of those blocks only
+that it leaves open and that are not known to be cut as another one is (`Rule.traits`).
 """
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,9 +19,18 @@ from torch import Tensor
 
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
+from regard.core.rules import Rule
+from regard.primitives.cuts import EMPTY, WHOLE, classes, cuts, joined, unpack
 
-WHOLE = -1
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+# Rows and keys a block may have.
 SIZES = ((16, 32, 64, 128), (32, 64, 128))
+# Pairs of blocks whose ranges are asked for together.
+LIMIT = 2**22
+# Block lists that are kept.
+KEPT = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,44 +67,105 @@ class BlockList:
         """`(Mb, Nb)`: how many blocks of rows and of keys there are."""
         return -(-self.rows // self.size[0]), -(-self.keys // self.size[1])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(t.nbytes for t in (self.full, self.count, self.index, self.part, self.bounds, self.bits))
+
     def turned(self) -> "BlockList":
-        """The same by block of keys (or back); made once."""
+        """The same by block of keys, or back; made once."""
         return self._turned
 
     @cached_property
     def _turned(self) -> "BlockList":
-        lead, row, column, part = self._entries()
-        batch, heads = self.count.shape[:2]
-        others = self.blocks[0 if self.by_key else 1]
-        full, count, index, parts = listed(lead, column, row, part, (batch, heads, others))
-        shared = (self.size, self.rows, self.keys, full, count, index, parts, self.bounds, self.bits)
-        return BlockList(*shared, by_key=not self.by_key)
+        # What is kept may be used later where gradients are wanted.
+        with torch.inference_mode(False):
+            lead, block, other, part = self.entries()
+            batch, heads = self.count.shape[:2]
+            lists = listed(lead, other, block, part, (batch, heads, self.blocks[0 if self.by_key else 1]))
+            full, count, index, parts = lists
+            return replace(self, full=full, count=count, index=index, part=parts, by_key=not self.by_key)
 
-    def _entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every entry once: list (batch and head), the block whose list it is in, the block it names, its part."""
         used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
-        b, h, block, slot = used.nonzero().unbind(1)
-        at = (b, h, block, slot)
-        return b * self.count.shape[1] + h, block, self.index[at].long(), self.part[at]
+        b, h, block, _ = used.nonzero().unbind(1)
+        return b * self.count.shape[1] + h, block, self.index[used].long(), self.part[used].long()
 
     def to_dense(self) -> Tensor:
         """Who sees whom: bool `[1|B, 1|Hk|H, rows, keys]`. For tests: it is what block lists avoid."""
         (M, N), (row_blocks, key_blocks) = self.size, self.blocks
-        lead, row, column, part = self._entries()
+        lead, row, column, part = self.entries()
         if self.by_key:
             row, column = column, row
         masks = torch.ones(len(part), M, N, dtype=torch.bool, device=part.device)
         j = torch.arange(N, device=part.device)
-        cut, odd = part >= 0, part < WHOLE
-        bounds = self.bounds[part[cut].long()].int()
-        masks[cut] = (bounds[..., :1] <= j) & (j < bounds[..., 1:])
-        words = self.bits[(-2 - part[odd]).long()]
-        masks[odd] = ((words[..., j // 32] >> (j % 32)) & 1).bool()
+        spans, others = part >= 0, part < WHOLE
+        low, high = self.bounds[part[spans]].unbind(-1)
+        masks[spans] = (low[..., None] <= j) & (j < high[..., None])
+        masks[others] = unpack(self.bits[-2 - part[others]])
         batch, heads = self.count.shape[:2]
         dense = masks.new_zeros(batch * heads, row_blocks, key_blocks, M, N)
         dense[lead, row, column] = masks
         dense = dense.transpose(2, 3).reshape(batch, heads, row_blocks * M, key_blocks * N)
         return dense[:, :, : self.rows, : self.keys]
+
+    @staticmethod
+    def from_table(table: Tensor, size: tuple[int, int], rows: int, keys: int, most: int | None = None) -> "BlockList":
+        """Whole blocks where `table` is True, chosen at run time; no value is read.
+
+        Args:
+            table: bool `[1|B, 1|Hk|H, Mb, Nb]`.
+            size: `(M, N)`.
+            rows: number of rows, in `Mb` blocks.
+            keys: number of keys, in `Nb` blocks.
+            most: no block of rows sees more blocks than this (a promise); None: all of them.
+
+        Raises:
+            RegardError: `table` is not bool or of another shape, or such blocks do not exist.
+        """
+        size = check_size(size)
+        blocks = (-(-rows // size[0]), -(-keys // size[1]))
+        if table.dtype != torch.bool or table.dim() != 4 or tuple(table.shape[2:]) != blocks:
+            raise RegardError(
+                f"a table of blocks must be bool [B, H, {blocks[0]}, {blocks[1]}] for {rows} rows and {keys} keys in "
+                f"blocks of {size}, got {table.dtype} {list(table.shape)}"
+            )
+        columns = torch.arange(blocks[1], device=table.device)
+        count = table.sum(-1, dtype=torch.int32)
+        index = torch.where(table, columns, blocks[1]).sort(-1).values[..., :most].int()
+        short = keys % size[1]
+        cut = (index == blocks[1] - 1) & bool(short)
+        full = count - table[..., -1].int() * bool(short)
+        bounds = torch.zeros(1, size[0], 2, dtype=torch.int16, device=table.device)
+        bounds[..., 1] = short
+        bits = torch.zeros(1, size[0], size[1] // 32, dtype=torch.int32, device=table.device)
+        part = torch.where(cut, 0, WHOLE).int()
+        return BlockList(size, rows, keys, full, count, index.where(index < blocks[1], 0), part, bounds, bits)
+
+    @staticmethod
+    def from_block_mask(mask: "BlockMask") -> "BlockList":
+        """FlexAttention's `BlockMask` as a block list; its partial blocks are evaluated.
+
+        Raises:
+            RegardError: its blocks are of a size that block lists do not have.
+        """
+        from regard.primitives.block_mask import read
+
+        return read(mask)
+
+    def to_block_mask(self, heads: int | None = None) -> "BlockMask":
+        """FlexAttention's `BlockMask` of the same pairs.
+
+        Args:
+            heads: query heads, a multiple of the lists'; None: as many as there are lists.
+
+        Raises:
+            RegardError: the head counts disagree, or the list goes by block of keys.
+        """
+        from regard.primitives.block_mask import written
+
+        return written(self, heads)
 
 
 def listed(
@@ -101,72 +176,207 @@ def listed(
     `shape` is (batch, heads, blocks); all four are flat and of one length.
     """
     batch, heads, blocks = shape
-    widest = int(other.max()) + 1 if len(other) else 1
+    lists, widest = batch * heads * blocks, int(other.max()) + 1 if len(other) else 1
     group = lead * blocks + block
     order = ((group * 2 + (part != WHOLE)) * widest + other).argsort()
     group, other, part = group[order], other[order], part[order]
-    count = torch.bincount(group, minlength=batch * heads * blocks)
-    full = torch.bincount(group[part == WHOLE], minlength=batch * heads * blocks)
+    count = torch.bincount(group, minlength=lists)
+    full = torch.bincount(group[part == WHOLE], minlength=lists)
     slot = torch.arange(len(group), device=group.device) - (count.cumsum(0) - count)[group]
-    n = max(int(count.max()) if len(count) else 0, 1)
-    index = torch.zeros(batch * heads * blocks, n, dtype=torch.int32, device=group.device)
+    n = max(int(count.max()) if lists else 0, 1)
+    index = torch.zeros(lists, n, dtype=torch.int32, device=group.device)
     parts = torch.full_like(index, WHOLE)
     index[group, slot] = other.int()
     parts[group, slot] = part.int()
-    lists = (batch, heads, blocks)
-    return full.int().view(lists), count.int().view(lists), index.view(*lists, n), parts.view(*lists, n)
+    return full.int().view(shape), count.int().view(shape), index.view(*shape, n), parts.view(*shape, n)
 
 
 def build(
     pattern: Pattern,
-    q_pos: Tensor,
-    k_pos: Tensor,
+    q_pos: Tensor | int,
+    k_pos: Tensor | int,
     size: tuple[int, int],
     heads: int | None = None,
     device: torch.device | str | None = None,
 ) -> BlockList:
     """The block list of `pattern` over positions.
 
+    Lists of two numbers of positions are kept for the last few calls, until a tensor of the pattern is written to.
+
     Args:
         pattern: who sees whom.
-        q_pos: integer `[1|B, Tq]`; negative: padding, an empty row.
-        k_pos: integer `[1|B, Tk]` or `[1|B, Hk, Tk]`; negative: padding, never seen.
-        size: `(M, N)`.
-        heads: heads wanted, a multiple of the pattern's; None: the pattern's own, or 1.
-        device: where the list lies; None: where `q_pos` does.
+        q_pos: integer `[1|B, Tq]`; negative: padding, an empty row. Or, with a number of keys, a number of rows: they
+            are the last ones of the keys' positions.
+        k_pos: integer `[1|B, Tk]` or `[1|B, Hk, Tk]`; negative: padding, never seen. A number n: positions `0..n-1`.
+        size: `(M, N)`, rows and keys a block.
+        heads: heads wanted, a multiple of the pattern's; None: the pattern's own. One list serves all where they agree.
+        device: where the list is made and lies; None: where `q_pos` lies, or the CPU.
 
     Raises:
-        RegardError: a block size that does not exist, or head counts that disagree.
+        RegardError: blocks of a size that does not exist, head counts that disagree, or positions of another shape.
     """
-    if size[0] not in SIZES[0] or size[1] not in SIZES[1]:
-        raise RegardError(f"blocks of {SIZES[0]} rows by {SIZES[1]} keys exist, got {size}")
+    size = check_size(size)
+    if isinstance(q_pos, int) and isinstance(k_pos, int):
+        device, versions = torch.device(device or "cpu"), pattern.versions()
+        make = _kept if None not in versions else _kept.__wrapped__
+        return make(pattern, q_pos, k_pos, size, heads, device, versions)
+    if isinstance(q_pos, int) or isinstance(k_pos, int):
+        raise RegardError("pass positions of queries and keys as two tensors or as two numbers of them")
     device = torch.device(device or q_pos.device)
-    mask = pattern.allow(q_pos.to(device), k_pos.to(device), heads)
-    (M, N), (batch, lists, rows, keys) = size, mask.shape
-    row_blocks, key_blocks = -(-rows // M), -(-keys // N)
-    mask = F.pad(mask, (0, key_blocks * N - keys, 0, row_blocks * M - rows))
-    tiles = mask.view(batch * lists, row_blocks, M, key_blocks, N).transpose(2, 3)
-    past = torch.arange(row_blocks * M, device=device).view(row_blocks, 1, M, 1) >= rows
-    whole = (tiles | past).all(-1).all(-1)
-    some = tiles.any(-1).any(-1)
-    lead, row, column = some.nonzero().unbind(1)
-    part = torch.full_like(lead, WHOLE)
-    cut = ~whole[lead, row, column]
-    part[cut], bounds, bits = cuts(tiles[lead[cut], row[cut], column[cut]])
-    full, count, index, parts = listed(lead, row, column, part, (batch, lists, row_blocks))
-    return BlockList(size, rows, keys, full, count, index, parts, bounds, bits)
+    with torch.inference_mode(False):
+        return _build(pattern, q_pos.to(device), k_pos.to(device), size, heads)
 
 
-def cuts(masks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How blocks `masks [E, M, N]` are cut: `(part [E], bounds [P, M, 2], bits [P, M, N / 32])`, equal ones once."""
-    entries, M, N = masks.shape
-    j = torch.arange(N, device=masks.device)
-    high = torch.where(masks, j + 1, 0).amax(-1)
-    low = torch.where(masks, j, N).amin(-1).where(high > 0, 0)
-    run = (high - low == masks.sum(-1)).all(-1)
-    part = torch.full((entries,), WHOLE, device=masks.device)
-    bounds, part[run] = torch.stack([low, high], -1)[run].to(torch.int16).unique(dim=0, return_inverse=True)
-    words = (masks[~run].view(-1, M, N // 32, 32).long() << (j % 32)[:32]).sum(-1).int()
-    bits, odd = words.unique(dim=0, return_inverse=True)
-    part[~run] = -2 - odd
-    return part, bounds, bits
+@lru_cache(KEPT)
+def _kept(
+    pattern: Pattern,
+    rows: int,
+    keys: int,
+    size: tuple[int, int],
+    heads: int | None,
+    device: torch.device,
+    versions: tuple[int | None, ...],
+) -> BlockList:
+    # What is kept may be used later where gradients are wanted.
+    with torch.inference_mode(False):
+        at = torch.arange(min(keys - rows, 0), keys, device=device)[None]
+        return _build(pattern, at[:, -rows:], at[:, -keys:], size, heads)
+
+
+def check_size(size: Sequence[int]) -> tuple[int, int]:
+    """`size`; raises RegardError where such blocks do not exist."""
+    if len(size) != 2 or size[0] not in SIZES[0] or size[1] not in SIZES[1]:
+        rows, keys = (", ".join(map(str, sizes)) for sizes in SIZES)
+        raise RegardError(f"blocks have {rows} rows and {keys} keys, got {tuple(size)}")
+    return int(size[0]), int(size[1])
+
+
+class Side(NamedTuple):
+    """The positions of rows or of keys, by block: `[b, blocks]`, or `[b, blocks, size]` for the first three."""
+
+    at: Tensor  # positions; where there is none, one that the block has
+    real: Tensor  # neither padding nor past the end
+    loose: Tensor  # a row past the end
+    low: Tensor
+    high: Tensor  # of the real ones; below `low` where there is none
+    filled: Tensor  # whether nothing stands against the whole block
+    kind: Tensor  # where the real ones lie, if they are consecutive; else the block's own number
+
+
+def _side(pos: Tensor, size: int, is_rows: bool) -> Side:
+    count = pos.shape[-1]
+    blocks = -(-count // size)
+    at = F.pad(pos, (0, blocks * size - count), value=-1).unflatten(-1, (blocks, size))
+    past = (torch.arange(blocks * size, device=pos.device) >= count).view(blocks, size).expand_as(at)
+    real, slot = at >= 0, torch.arange(size, device=pos.device)
+    some, many = real.any(-1), real.sum(-1)
+    high = at.amax(-1).clamp(min=-1)
+    low = at.masked_fill(~real, torch.iinfo(at.dtype).max).amin(-1).where(some, 0)
+    first = real.int().argmax(-1)
+    even = (~real | (at - low[..., None] == slot - first[..., None])).all(-1) & (high - low + 1 == many)
+    own = torch.arange(low.numel(), device=pos.device).view_as(low)
+    kind = torch.where(even, first * (size + 1) + many, -1 - own)
+    loose = past if is_rows else torch.zeros_like(past)
+    return Side(at.where(real, low[..., None]), real, loose, low, high, (real | loose).all(-1), kind)
+
+
+def _build(pattern: Pattern, q_pos: Tensor, k_pos: Tensor, size: tuple[int, int], heads: int | None) -> BlockList:
+    lists = _lists(pattern, q_pos, k_pos, heads)
+    rows = _side(q_pos.long(), size[0], True)
+    spread = k_pos.dim() == 3 and k_pos.shape[1] > 1
+    keys = [_side(k.long(), size[1], False) for k in (k_pos.unbind(1) if k_pos.dim() == 3 else [k_pos])]
+    every = pattern.relations() * (lists if pattern.heads is None else 1)
+    places: dict[tuple[Rule, int], int] = {}
+    of = [places.setdefault((rule, h if spread else 0), len(places)) for h, rule in enumerate(every)]
+    found = [_search(rule, rows, keys[h]) for rule, h in places]
+    parts, bounds, bits = joined([cut for _, cut in found])
+    batch, blocks = max(len(q_pos), len(k_pos)), rows.low.shape[1]
+    made = []
+    for (at, _), part in zip(found, parts, strict=True):
+        made.append(listed(*at, part, (batch, 1, blocks)))
+    of = of if len(made) > 1 else of[:1]
+    full, count = (torch.cat([made[i][field] for i in of], 1) for field in (0, 1))
+    widest = max(made[i][2].shape[-1] for i in of)
+    index, part = (
+        torch.cat([F.pad(made[i][field], (0, widest - made[i][field].shape[-1]), value=empty) for i in of], 1)
+        for field, empty in ((2, 0), (3, WHOLE))
+    )
+    if heads is not None and 1 < len(of) < heads:
+        full, count, index, part = (x.repeat_interleave(heads // len(of), 1) for x in (full, count, index, part))
+    return BlockList(size, q_pos.shape[1], k_pos.shape[-1], full, count, index, part, bounds, bits)
+
+
+def _lists(pattern: Pattern, q_pos: Tensor, k_pos: Tensor, heads: int | None) -> int:
+    """How many heads differ, by rule or by keys, at most.
+
+    Raises:
+        RegardError: as `build` says.
+    """
+    if q_pos.dim() != 2 or k_pos.dim() not in (2, 3) or 0 in (*q_pos.shape, *k_pos.shape):
+        raise RegardError(f"positions must be [B, Tq] and [B, Tk], got {list(q_pos.shape)}, {list(k_pos.shape)}")
+    if 1 != len(q_pos) != len(k_pos) != 1:
+        raise RegardError(f"positions of {len(q_pos)} rows of a batch of queries and {len(k_pos)} of keys")
+    held = k_pos.shape[1] if k_pos.dim() == 3 else 1
+    if held > 1 and pattern.heads not in (None, held):
+        raise RegardError(f"a pattern of {pattern.heads} heads over keys of {held} heads")
+    count = max(held, pattern.heads or 1)
+    if heads is not None and heads % count:
+        raise RegardError(f"{count} heads of the pattern or its keys do not divide {heads} heads")
+    return count
+
+
+def _search(rule: Rule, rows: Side, keys: Side) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """The blocks that `rule` opens, as (batch, row, column), and `cuts` of them."""
+    whole, open_ = _settled(rule, rows, keys)
+    b, r, c = open_.unbind(1)
+    of_rows, of_keys = (b.clamp(max=len(rows.low) - 1), r), (b.clamp(max=len(keys.low) - 1), c)
+    ranges = (rows.low[of_rows], rows.high[of_rows], keys.low[of_keys], keys.high[of_keys])
+    kinds = (rows.kind[of_rows], keys.kind[of_keys])
+    alike, first = _alike((*kinds, *rule.traits(*ranges)), len(b), b.device)
+
+    def masks(start: int, stop: int) -> tuple[Tensor, Tensor]:
+        some = first[start:stop]
+        row, key = tuple(x[some] for x in of_rows), tuple(x[some] for x in of_keys)
+        mask = rule(rows.at[row][:, :, None], keys.at[key][:, None])
+        return mask & rows.real[row][:, :, None] & keys.real[key][:, None], rows.loose[row]
+
+    size = (rows.at.shape[-1], keys.at.shape[-1])
+    part, bounds, bits = cuts(masks, len(first), size, b.device)
+    part = part[alike]
+    kept = part != EMPTY
+    at = torch.cat((whole, open_[kept])).unbind(1)
+    return at, (torch.cat((torch.full_like(whole[:, 0], WHOLE), part[kept])), bounds, bits)  # type: ignore[return-value]
+
+
+def _settled(rule: Rule, rows: Side, keys: Side) -> tuple[Tensor, Tensor]:
+    """Blocks that `rule` opens whole, and those whose pairs have to be looked at: both `[E, 3]`, batch, row, column."""
+    batch, count, columns = max(len(rows.low), len(keys.low)), rows.low.shape[1], keys.low.shape[1]
+    step, whole, open_ = max(1, LIMIT // (batch * columns)), [], []
+    for start in range(0, count, step):
+        part = slice(start, start + step)
+        low, high, filled = (x[:, part, None] for x in (rows.low, rows.high, rows.filled))
+        some, every = rule.cover(low, high, keys.low[:, None], keys.high[:, None])
+        some = some & (low <= high) & (keys.low <= keys.high)[:, None]
+        every = every & filled & keys.filled[:, None]
+        for found, blocks in ((whole, some & every), (open_, some & ~every)):
+            at = blocks.expand(batch, -1, -1).nonzero()
+            at[:, 1] += start
+            found.append(at)
+    return torch.cat(whole), torch.cat(open_)
+
+
+def _alike(numbers: tuple[Tensor, ...], count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Classes of the entries whose `numbers` all agree: which class each of `count` is in, and an entry of each."""
+    code, span = torch.zeros(count, dtype=torch.long, device=device), 1
+    if not count:
+        return code, code
+    numbers = tuple(number.expand(count) for number in numbers)
+    lows, highs = torch.stack([torch.stack(n.aminmax()) for n in numbers], 1).tolist()
+    for number, low, high in zip(numbers, lows, highs, strict=True):
+        width = high - low + 1
+        if width > 2**31:
+            number, width, low = classes(number)[0], count, 0
+        if span * width > 2**62:
+            code, span = classes(code)[0], count
+        code, span = code * width + (number - low), span * width
+    return classes(code)

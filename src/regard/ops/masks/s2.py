@@ -1,12 +1,8 @@
 """Local blocks and every v-th earlier block, phase by head (S2-Attention)."""
 
-from collections.abc import Callable
-
-from torch import Tensor
-
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
-from regard.core.pattern import Pattern, Reach
+from regard.core.pattern import Pattern
 from regard.core.placement import Where
 
 CARD = Card(
@@ -74,16 +70,6 @@ def allow(
         if holes == "fill":
             for turn, residue in enumerate(sorted(missing)):
                 seen[turn % sparse].add(residue)
-    near = Pattern.predicate(last_blocks(block, local), reach=Reach(0, block * local))
+    near = Pattern.window(local, block)
     rules = [near | Pattern.phases(block, stride, residues) for residues in seen]
     return Pattern.stack_heads([*rules, *[Pattern.causal()] * dense_heads])
-
-
-def last_blocks(block: int, local: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The predicate `m - n < local` over blocks of `block` positions."""
-
-    def near(q_pos: Tensor, k_pos: Tensor, head: Tensor) -> Tensor:
-        m, n = q_pos.div(block, rounding_mode="floor"), k_pos.div(block, rounding_mode="floor")
-        return m - n < local
-
-    return near
