@@ -82,8 +82,17 @@ def attend_blocks() -> None:
     for D, dtype, bits, cap in [(128, half, False, None), (64, half, False, None), (128, half, True, None),
                                 (256, half, False, None), (64, torch.float32, True, 5.0)]:  # fmt: skip
         _attend(1, 8, 2, 16384, 16384, D, dtype, bits, cap)
-    torch.use_deterministic_algorithms(True)
-    _attend(1, 8, 2, 16384, 16384, 128, half, False, None)
+
+
+def attend_blocks_on_hopper() -> None:
+    from regard.kernels.attention import hopper, hopper_backward
+
+    half = torch.bfloat16
+    for D, bits, cap in [(128, False, None), (64, False, None), (128, True, 5.0)]:
+        q, k, v = (_empty(1, heads, 16384, D, dtype=half) for heads in (8, 2, 2))
+        blocks = _blocks(16384, 16384, bits)
+        out, lse = hopper.forward(q, k, v, blocks, 0.1, cap)
+        hopper_backward.backward(q, k, v, out, lse, out, None, blocks, 0.1, cap)
 
 
 def attend_lengths() -> None:

@@ -1,6 +1,4 @@
-"""Attention over lists of blocks by its kernels, against the definition in float64: interpreted, or compiled on a GPU."""
-
-import contextlib
+"""Attention over lists of blocks by its kernels, against the definition in float64: interpreted, or on a GPU."""
 
 import pytest
 import torch
@@ -18,11 +16,10 @@ from running import DEVICE, FLOATS, close, drawn, filled_with_nan
 
 
 def listed(mask, size, heads=None):
-    """The block list of any `mask [T, S]` or `[heads, T, S]`: queries lie after all keys, so no causal cut hides one."""
+    """The block list of any `mask [T, S]` or `[heads, T, S]`."""
     *_, T, S = mask.shape
-    above = torch.zeros(*mask.shape[:-2], S, S, dtype=torch.bool)
-    pattern = Pattern.dense(torch.cat([above, mask], -2))
-    return build(pattern, torch.arange(S, S + T)[None], torch.arange(S)[None], size, heads)
+    pattern = Pattern.dense(mask, causal=False)
+    return build(pattern, torch.arange(T)[None], torch.arange(S)[None], size, heads)
 
 
 def drawn_mask(seed, heads, T, S, size):
@@ -38,17 +35,7 @@ def drawn_mask(seed, heads, T, S, size):
     return mask
 
 
-@contextlib.contextmanager
-def deterministic(on):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(on)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def check(blocks, B, H, Hk, D, *, dtype=torch.float32, scale=0.3, softcap=None, change=lambda x: x, exactly=False):
+def check(blocks, B, H, Hk, D, *, dtype=torch.float32, scale=0.3, softcap=None, change=lambda x: x):
     """Output, lse and every gradient, those of the lse among them; gives what was found."""
     T, S = blocks.rows, blocks.keys
     make = drawn(0)
@@ -64,7 +51,7 @@ def check(blocks, B, H, Hk, D, *, dtype=torch.float32, scale=0.3, softcap=None, 
     here = [x.to(DEVICE).detach().requires_grad_() for x in (q, k, v)]
     if DEVICE == "cuda":
         blocks = moved(blocks)
-    with filled_with_nan(), deterministic(exactly):
+    with filled_with_nan():
         out, lse = block.attend(*here, blocks, scale=scale, softcap=softcap)
         found = torch.autograd.grad([out, lse], here, [dout.to(DEVICE), dlse.to(DEVICE)])
     assert out.dtype == dtype
@@ -85,11 +72,10 @@ def moved(blocks):
     return type(blocks)(**{**{n: vars(blocks)[n] for n in ("size", "rows", "keys", "by_key")}, **tensors})
 
 
-@pytest.mark.parametrize("exactly", [False, True])
 @pytest.mark.parametrize("lists", [1, 2, 4])
-def test_grouped_heads_with_lists_of_one_of_each_key_head_and_of_each_query_head(lists, exactly):
+def test_grouped_heads_with_lists_of_one_of_each_key_head_and_of_each_query_head(lists):
     mask = drawn_mask(lists, lists, 27, 50, (16, 32))
-    check(listed(mask, (16, 32)), 1, 4, 2, 16, exactly=exactly)
+    check(listed(mask, (16, 32)), 1, 4, 2, 16)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -101,7 +87,7 @@ def test_dtypes(dtype):
     ("D", "size"), [(64, (64, 32)), (128, (64, 128)), (64, (128, 64)), (128, (128, 128)), (256, (16, 64))]
 )
 def test_sizes_of_heads_and_blocks(D, size):
-    check(listed(drawn_mask(1, 1, 150, 140, size), size), 1, 1, 1, D, dtype=torch.float16)
+    check(listed(drawn_mask(1, 1, size[0] + 9, size[1] + 20, size), size), 1, 1, 1, D, dtype=torch.float16)
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 40), (33, 31), (64, 64)])
@@ -146,7 +132,7 @@ def test_nothing_is_seen():
     ],
 )
 def test_strides(change):
-    check(listed(drawn_mask(3, 1, 40, 40, (16, 32)), (16, 32)), 2, 2, 2, 16, change=change)
+    check(listed(drawn_mask(3, 1, 20, 40, (32, 32)), (32, 32)), 2, 2, 2, 16, change=change)
 
 
 def test_large_scores_do_not_overflow():
@@ -162,7 +148,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
 
     def slopes(of):
         leaves = [x.clone().requires_grad_(i in of) for i, x in enumerate(inputs)]
-        out, lse = block.attend(*leaves, blocks, scale=0.3)
+        out, _ = block.attend(*leaves, blocks, scale=0.3)
         return torch.autograd.grad(out.sum(), [leaves[i] for i in of])
 
     everything = slopes((0, 1, 2))
@@ -173,7 +159,7 @@ def test_only_the_gradients_that_are_wanted(wanted):
 @settings(max_examples=6 if DEVICE == "cpu" else 50, deadline=None, derandomize=True)
 @given(st.integers(0, 2**20), st.integers(1, 80), st.integers(1, 80), st.sampled_from([(16, 32), (32, 32), (16, 64)]))
 def test_any_table_of_blocks(seed, rows, keys, size):
-    check(listed(drawn_mask(seed, 2, rows, keys, size), size), 1, 2, 2, 16, exactly=seed % 2 == 0)
+    check(listed(drawn_mask(seed, 2, rows, keys, size), size), 1, 2, 2, 16)
 
 
 def test_what_does_not_belong_together_is_refused():
@@ -184,9 +170,24 @@ def test_what_does_not_belong_together_is_refused():
         block.attend(q, k, k, blocks, scale=1.0)
     with pytest.raises(RegardError, match="40 rows and 40 keys"):
         block.attend(q[:, :2], k[:, :, 1:], k[:, :, 1:], blocks, scale=1.0)
-    stacked = build(Pattern.stack_heads([Pattern.causal()] * 3), at, at, (16, 32))
+    stacked = build(Pattern.stack_heads([Pattern.window(n) for n in (1, 2, 3)]), at, at, (16, 32))
     with pytest.raises(RegardError, match="3 heads"):
         block.attend(q[:, :2], k, k, stacked, scale=1.0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="one kernel gives the same in every run")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("D", "group", "softcap"), [(128, 1, None), (64, 4, None), (128, 2, 3.0)])
+def test_both_ways_of_a_gpu(D, group, softcap, dtype):
+    blocks = listed(drawn_mask(6, 2, 700, 900, (128, 128)), (128, 128))
+    options = {"dtype": dtype, "scale": D**-0.5, "softcap": softcap}
+    check(blocks, 2, 2 * group, 2, D, **options)
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, second = (check(blocks, 2, 2 * group, 2, D, **options) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_refusals_say_why():

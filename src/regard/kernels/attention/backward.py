@@ -5,20 +5,20 @@ With p the probabilities and `delta = rowsum(dout * out) - dlse`,
     dv_j = sum_i p_ij dout_i        ds_ij = p_ij (dout_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i
 
-`column_gradients` walks the rows that see a tile of keys: dk, dv, and dq by atomic additions, or not at all; then `row_gradients`,
-which walks lists as the forward does, gives dq, the same to the bit in every run, for two more products of seven.
+`row_gradients` walks lists as the forward does, `column_gradients` the rows that see a tile of keys. Nothing is added
+by two programs, so results are the same to the bit in every run, at seven products a tile.
 """
 
 import triton
 import triton.language as tl
 
 from regard.kernels.attention.forward import LOG2E
-from regard.kernels.attention.tiles import add, capped, cut, dot, fetch, list_of
+from regard.kernels.attention.tiles import capped, cut, dot, fetch, list_of
 
 
-@triton.jit(do_not_specialize=["strides_dlse", "T", "padded"])
+@triton.jit(do_not_specialize=["T", "padded"])
 def prepare(
-    OUT, DOUT, LSE, DLSE, TOP, DELTA, strides_out, strides_dout, strides_dlse, T, padded,
+    OUT, DOUT, LSE, DLSE, TOP, DELTA, strides_out, strides_dout, T, padded,
     DIM: tl.constexpr, ROWS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """`delta`, and lse to base 2, where a row is empty +inf: so its probabilities are 0. Both `[B, H, padded]`.
@@ -33,15 +33,13 @@ def prepare(
         mask=ok[:, None], other=0.0,
     )  # fmt: skip
     dout = tl.load(
-        DOUT + batch * strides_dout[0] + head * strides_dout[1] + row[:, None] * strides_dout[2]
-        + dims[None, :] * strides_dout[3],
+        DOUT + batch * strides_dout[0] + head * strides_dout[1] + row[:, None] * strides_dout[2] + dims[None, :],
         mask=ok[:, None], other=0.0,
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if DLSE is not None:
-        at = DLSE + batch * strides_dlse[0] + head * strides_dlse[1] + row * strides_dlse[2]
-        delta -= tl.load(at, mask=ok, other=0.0)
     line = batch * tl.num_programs(1) + head
+    if DLSE is not None:
+        delta -= tl.load(DLSE + line * T + row, mask=ok, other=0.0)
     lse = tl.load(LSE + line * T + row, mask=ok, other=float("-inf"))
     top = tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
     if PACKED:
@@ -68,15 +66,18 @@ def slope(scores, top, factor, cap, part, rows, columns, BOUNDS, BITS, M: tl.con
     return tl.exp2(scores * scaling - top), inner
 
 
-@triton.jit(do_not_specialize=["lists", "strides_list", "T", "S", "padded"])
+@triton.jit(do_not_specialize=["shared", "lines", "most", "apart_b", "apart_h", "T", "S", "padded"])
 def column_gradients(
-    Q, K, V, DOUT, DQ, DK, DV, TOP, DELTA, FULL, COUNT, INDEX, PART, BOUNDS, BITS,
-    strides_q, strides_k, strides_v, strides_dout, strides_dq, strides_dk, strides_dv, lists, strides_list,
+    Q, K, V, DOUT, DK, DV, TOP, DELTA, FULL, COUNT, INDEX, PART, BOUNDS, BITS,
+    strides_q, strides_k, strides_v, strides_dout, strides_dk, strides_dv, shared, lines, most, apart_b, apart_h,
     scale, factor, cap, T, S, padded,
     DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of `KEYS` keys of one head, and their share of dq (float32, unscaled). Grid: tiles, heads, batch."""
+    """Gradients of `KEYS` keys and their values of one head, by turned lists.
+
+    Grid: tiles of keys, key heads, batch rows.
+    """
     start, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2)
     inside, keys, dims = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, DIM)
     k = fetch(K, strides_k, batch, head, start, keys, dims, S, BULK)
@@ -87,7 +88,7 @@ def column_gradients(
     for member in range(GROUP):
         query = head * GROUP + member
         line = (batch * tl.num_programs(1) * GROUP + query).to(tl.int64) * padded
-        spot, first = list_of(batch, query, start // N, lists, strides_list)
+        spot, first = list_of(batch, query, start // N, shared, lines, most, apart_b, apart_h)
         full, count = tl.load(FULL + spot), tl.load(COUNT + spot)
         for PARTIAL in tl.static_range(2):
             begin = full * split if PARTIAL else 0
@@ -110,9 +111,6 @@ def column_gradients(
                     ds = ds * inner
                 ds = ds.to(q.dtype)
                 dk = dot(ds, q, dk, PRECISION)
-                if DQ is not None:
-                    dq = dot(ds.trans(), k, None, PRECISION)
-                    add(DQ, strides_dq, batch, query, at, inside, dims, T, dq, BULK)
     row = start + keys
     ok = (row < S)[:, None]
     at = DK + batch.to(tl.int64) * strides_dk[0] + head.to(tl.int64) * strides_dk[1]
@@ -121,19 +119,22 @@ def column_gradients(
     tl.store(at + row.to(tl.int64)[:, None] * strides_dv[2] + dims[None, :], dv.to(DV.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=["lists", "strides_list", "T", "S", "padded"])
+@triton.jit(do_not_specialize=["shared", "lines", "most", "apart_b", "apart_h", "T", "S", "padded"])
 def row_gradients(
     Q, K, V, DOUT, DQ, TOP, DELTA, FULL, COUNT, INDEX, PART, BOUNDS, BITS,
-    strides_q, strides_k, strides_v, strides_dout, strides_dq, lists, strides_list,
+    strides_q, strides_k, strides_v, strides_dout, strides_dq, shared, lines, most, apart_b, apart_h,
     scale, factor, cap, T, S, padded,
     DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of `ROWS` rows of one head, by the lists of the forward. Grid: tiles of rows, query heads, batch rows."""
+    """Gradients of `ROWS` queries of one head, by the lists of the forward.
+
+    Grid: tiles of rows, query heads, batch rows.
+    """
     start = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
     head, batch = tl.program_id(1), tl.program_id(2)
     inside, keys, dims = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, DIM)
-    spot, first = list_of(batch, head, start // M, lists, strides_list)
+    spot, first = list_of(batch, head, start // M, shared, lines, most, apart_b, apart_h)
     full, count = tl.load(FULL + spot), tl.load(COUNT + spot)
     q = fetch(Q, strides_q, batch, head, start, inside, dims, T, BULK)
     dout = fetch(DOUT, strides_dout, batch, head, start, inside, dims, T, BULK)

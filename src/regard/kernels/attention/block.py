@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -15,6 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from regard.core.errors import RegardError
 from regard.core.shapes import group_size
 from regard.kernels import device
+from regard.kernels.attention.arguments import fits, like, lists, spread, three
 from regard.kernels.attention.backward import column_gradients, prepare, row_gradients
 from regard.kernels.attention.forward import LOG2E, attend_rows
 from regard.primitives.block_list import SIZES, BlockList
@@ -36,9 +38,9 @@ class Launch:
 
 # By kernel, D and whether 16 bits; a block smaller than a tile is one tile. Measured in docs/log.md.
 LAUNCHES = {
-    "forward": {64: Launch(128, 128, 8, 2), 128: Launch(128, 128, 8, 2), 256: Launch(128, 64, 8, 2)},
-    "columns": {64: Launch(64, 128, 8, 2), 128: Launch(64, 128, 8, 2), 256: Launch(32, 64, 8, 1)},
-    "rows": {64: Launch(128, 64, 8, 2), 128: Launch(128, 64, 8, 2), 256: Launch(64, 32, 8, 1)},
+    "forward": {64: Launch(128, 128, 8, 2), 128: Launch(128, 64, 4, 2), 256: Launch(128, 64, 8, 2)},
+    "columns": {64: Launch(64, 128, 8, 2), 128: Launch(64, 64, 4, 2), 256: Launch(32, 64, 8, 1)},
+    "rows": {64: Launch(128, 64, 8, 2), 128: Launch(64, 64, 4, 2), 256: Launch(64, 32, 8, 1)},
 }
 # In float32 products run on plain arithmetic units, and a tile of 128 by 128 would not fit the registers.
 EXACT = Launch(32, 32, 4, 1)
@@ -85,7 +87,7 @@ def attend(
 
     Returns:
         out `[B, H, T, D]` in q's dtype and lse `[B, H, T]` float32, 0 and -inf where nothing is seen; differentiable
-        once. dq adds up in any order unless `torch.use_deterministic_algorithms` is on.
+        once. On Hopper dq adds up in any order, unless `torch.use_deterministic_algorithms` is on.
 
     Raises:
         RegardError: the list is of other lengths, heads or batch rows than q and k.
@@ -134,7 +136,11 @@ class _Attend(torch.autograd.Function):
 def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """Launch the forward kernel."""
+    """Launch the kernel of the forward."""
+    if on_hopper(q, k, v, blocks):
+        from regard.kernels.attention import hopper
+
+        return hopper.forward(q, k, v, blocks, scale, cap)
     (B, H, T, D), S = q.shape, k.shape[2]
     out, lse = like(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
     how = launch("forward", D, q.dtype, blocks.size)
@@ -142,7 +148,7 @@ def forward(
     described = [bulked(q, how.rows, bulk), bulked(k, how.keys, bulk), bulked(v, how.keys, bulk)]
     attend_rows[(-(-T // how.rows), H, B)](
         *described, out, lse, *lists(blocks), three(q), three(k), three(v), three(out),
-        *spread(blocks, B, H), scale * LOG2E.value, cap, T, S, **settings(q, k, blocks, how, bulk),
+        *spread(blocks, H), scale * LOG2E.value, cap, T, S, **settings(q, k, blocks, how, bulk),
     )  # fmt: skip
     return out, lse
 
@@ -152,41 +158,52 @@ def backward(
     blocks: BlockList, scale: float, cap: float | None, wanted: tuple[bool, bool] = (True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Launch the kernels of the gradients; `wanted`: of q, and of k and v."""
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    exactly = torch.are_deterministic_algorithms_enabled()
+    if all(wanted) and not exactly and on_hopper(q, k, v, blocks) and fits(dout):
+        from regard.kernels.attention import hopper_backward
+
+        return hopper_backward.backward(q, k, v, out, lse, dout, dlse, blocks, scale, cap)
     (B, H, T, D), (Hk, S) = q.shape, k.shape[1:3]
     padded = -(-T // LARGEST) * LARGEST
     top, delta = torch.empty(2, B, H, padded, dtype=torch.float32, device=q.device)
-    dout = dout if dout.stride(-1) == 1 or dout.dim() != 4 else dout.contiguous()
     prepare[(padded // 64, H, B)](
-        out, dout, lse, dlse, top, delta, three(out), dout.stride(), three(dlse), T, padded, DIM=D, ROWS=64, PACKED=False,
+        out, dout, lse, dlse, top, delta, three(out), three(dout), T, padded,
+        DIM=D, ROWS=64, PACKED=False,
     )  # fmt: skip
     bulk = all(map(fits, (q, k, v, dout)))
     inputs = (q, k, v, dout)
     shared = (scale, scale * LOG2E.value, cap, T, S, padded)
     dq = dk = dv = None
-    atomic = wanted == (True, True) and not torch.are_deterministic_algorithms_enabled()
-    if wanted[1]:
-        dk, dv = like(k), like(v)
-        sums = torch.zeros(B, H, T, D, dtype=torch.float32, device=q.device) if atomic else None
-        turned = blocks.turned()
-        how = launch("columns", D, q.dtype, blocks.size)
-        described = [bulked(x, n, bulk) for x, n in zip(inputs, (how.rows, how.keys, how.keys, how.rows), strict=True)]
-        column_gradients[(-(-S // how.keys), Hk, B)](
-            *described, bulked(sums, how.rows, bulk), dk, dv, top, delta, *lists(turned), *map(three, inputs),
-            three(sums), three(dk), three(dv), *spread(turned, B, H), *shared,
-            **settings(q, k, blocks, how, bulk),
-        )  # fmt: skip
-        if sums is not None:
-            dq = like(q)
-            torch.mul(sums, scale, out=dq)
-    if wanted[0] and not atomic:
+    if wanted[0]:
         dq = like(q)
         how = launch("rows", D, q.dtype, blocks.size)
-        described = [bulked(x, n, bulk) for x, n in zip(inputs, (how.rows, how.keys, how.keys, how.rows), strict=True)]
         row_gradients[(-(-T // how.rows), H, B)](
-            *described, dq, top, delta, *lists(blocks), *map(three, inputs), three(dq), *spread(blocks, B, H), *shared,
-            **settings(q, k, blocks, how, bulk),
+            *_described(inputs, how, bulk), dq, top, delta, *lists(blocks), *map(three, inputs), three(dq),
+            *spread(blocks, H), *shared, **settings(q, k, blocks, how, bulk),
+        )  # fmt: skip
+    if wanted[1]:
+        dk, dv, turned = like(k), like(v), blocks.turned()
+        how = launch("columns", D, q.dtype, blocks.size)
+        column_gradients[(-(-S // how.keys), Hk, B)](
+            *_described(inputs, how, bulk), dk, dv, top, delta, *lists(turned), *map(three, inputs), three(dk),
+            three(dv), *spread(turned, H), *shared, **settings(q, k, blocks, how, bulk),
         )  # fmt: skip
     return dq, dk, dv
+
+
+def on_hopper(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList) -> bool:
+    """Whether the kernels written for Hopper alone do this call."""
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and triton.__version__.startswith("3.6.")  # Gluon promises nothing from one version to the next
+        and q.dtype != torch.float32
+        and q.shape[3] in (64, 128)
+        and blocks.size == (128, 128)
+        and all(map(fits, (q, k, v)))
+    )
 
 
 def settings(q: Tensor, k: Tensor, blocks: BlockList, how: Launch, bulk: bool) -> dict[str, Any]:
@@ -198,39 +215,14 @@ def settings(q: Tensor, k: Tensor, blocks: BlockList, how: Launch, bulk: bool) -
     }  # fmt: skip
 
 
-def lists(blocks: BlockList) -> tuple[Tensor | None, ...]:
-    """The tensors of a list as a kernel reads them; both bounds of a row are one word."""
-    bits = blocks.bits if len(blocks.bits) else None
-    return blocks.full, blocks.count, blocks.index, blocks.part, blocks.bounds.view(torch.int32), bits
-
-
-def spread(blocks: BlockList, batch: int, heads: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """`(query heads that share a list, lines, most entries of one)`, and how far rows and heads lie apart."""
-    rows, held, lines = blocks.count.shape
-    return (heads // held, lines, blocks.index.shape[-1]), (held if rows > 1 else 0, 1 if held > 1 else 0)
-
-
-def like(x: Tensor) -> Tensor:
-    """Memory for a tensor shaped as x, with heads inside tokens where x has them so."""
-    B, H, T, D = x.shape
-    if x.stride(2) > x.stride(1):
-        return torch.empty(B, T, H, D, dtype=x.dtype, device=x.device).transpose(1, 2)
-    return torch.empty(B, H, T, D, dtype=x.dtype, device=x.device)
-
-
-def three(x: Tensor | None) -> tuple[int, ...]:
-    """Strides of all but the last dimension."""
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def fits(x: Tensor) -> bool:
-    """Whether the copy engine can read x: rows that begin at multiples of 16 bytes, and no broadcast dimension."""
-    apart = all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and apart
-
-
 def bulked(x: Tensor | None, rows: int, bulk: bool) -> Any:
     """x, or its tensor descriptor in tiles of `rows`."""
     if x is None or not bulk:
         return x
     return TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, rows, x.shape[3]])
+
+
+def _described(inputs: tuple[Tensor, ...], how: Launch, bulk: bool) -> list[Any]:
+    """q, k, v and dout in tiles."""
+    rows = (how.rows, how.keys, how.keys, how.rows)
+    return [bulked(x, n, bulk) for x, n in zip(inputs, rows, strict=True)]

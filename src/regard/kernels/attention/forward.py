@@ -28,10 +28,10 @@ def absorb(q, k, v, state, factor, cap, part, rows, columns, BOUNDS, BITS, M: tl
     return dot(p, v, out * shrink[:, None], PRECISION), total, new
 
 
-@triton.jit(do_not_specialize=["lists", "strides_list", "T", "S"])
+@triton.jit(do_not_specialize=["shared", "lines", "most", "apart_b", "apart_h", "T", "S"])
 def attend_rows(
     Q, K, V, OUT, LSE, FULL, COUNT, INDEX, PART, BOUNDS, BITS,
-    strides_q, strides_k, strides_v, strides_out, lists, strides_list, factor, cap, T, S,
+    strides_q, strides_k, strides_v, strides_out, shared, lines, most, apart_b, apart_h, factor, cap, T, S,
     DIM: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, GROUP: tl.constexpr,
     BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +44,7 @@ def attend_rows(
     head, batch = tl.program_id(1), tl.program_id(2)
     start = tile * ROWS
     inside, keys, dims = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, DIM)
-    spot, first = list_of(batch, head, start // M, lists, strides_list)
+    spot, first = list_of(batch, head, start // M, shared, lines, most, apart_b, apart_h)
     full, count = tl.load(FULL + spot), tl.load(COUNT + spot)
     q = fetch(Q, strides_q, batch, head, start, inside, dims, T, BULK)
     state = (

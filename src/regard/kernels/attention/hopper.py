@@ -5,6 +5,10 @@ multiplies the next scores while it weighs the last ones, and each makes its sof
 program a multiprocessor walks over tiles, so that the copies for the next begin before the last is finished.
 """
 
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -14,13 +18,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from regard.kernels.attention.arguments import like, lists, spread
+from regard.primitives.block_list import BlockList
+
+# Programs a multiprocessor: more than one ends sooner, since those that come later take what is left.
+WAVES = 2
 LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
 def work_of(tile, row_tiles, heads, GROUP: gl.constexpr):
-    """Which rows, head and batch row: the last rows of a head first, so that where lists grow the longest come first."""
+    """Line of blocks, head, its key head and batch row: the last lines of a head first, as the longest often are."""
     line = row_tiles - 1 - tile % row_tiles
     head = (tile // row_tiles) % heads
     return line, head, head // GROUP, tile // row_tiles // heads
@@ -41,8 +51,8 @@ def copy(
 ):  # fmt: skip
     """The warp that copies queries, keys and values."""
     step = 0
-    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = tile // gl.num_programs(0)
         line, head, kv, batch = work_of(tile, row_tiles, heads, GROUP)
         spot, first = list_of(batch, head, line, shared, lines, most, apart_b, apart_h)
         count = gl.maximum(gl.load(COUNT + spot), 1)
@@ -64,7 +74,6 @@ def copy(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [batch, kv, at, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
-        turn += 1
 
 
 @gluon.jit
@@ -113,22 +122,10 @@ def weigh(
 
 
 @gluon.jit
-def turn_begins(turns, own, phase, PINGPONG: gl.constexpr):
-    if PINGPONG:
-        mbarrier.wait(turns.index(own), phase)
-
-
-@gluon.jit
-def turn_ends(turns, own, PINGPONG: gl.constexpr):
-    if PINGPONG:
-        mbarrier.arrive(turns.index(1 - own), count=1)
-
-
-@gluon.jit
 def advance(
-    step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns, factor, cap, part, row,
+    step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, factor, cap, part, row,
     BOUNDS, BITS, OWN: gl.constexpr, PARTIAL: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    SCORES: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr, PINGPONG: gl.constexpr,
+    SCORES: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Scores of an entry, the output of the entry before, and while that runs the softmax of this one."""
     p, out, total, top = state
@@ -137,12 +134,10 @@ def advance(
     if PARTIAL:
         bound = bounds_of(part, row, BOUNDS, N)
     mbarrier.wait(k_full.index(now), (step // STAGES) & 1)
-    turn_begins(turns, OWN, step & 1, PINGPONG)
     zero = gl.zeros([64, N], gl.float32, SCORES)
     scores = warpgroup_mma(q, k_tiles.index(now).permute((1, 0)), zero, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(before), ((step - 1) // STAGES) & 1)
     out = warpgroup_mma(p, v_tiles.index(before), out, is_async=True)
-    turn_ends(turns, OWN, PINGPONG)
     scores = warpgroup_mma_wait(1, deps=[scores])
     mbarrier.arrive(k_empty.index(now), count=1)
     new_p, total, top, shrink = weigh(
@@ -156,10 +151,9 @@ def advance(
 
 @gluon.jit
 def attend_half(
-    out_desc, LSE, q_tiles, k_tiles, v_tiles, o_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    out_desc, LSE, q_tiles, k_tiles, v_tiles, o_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     FULL, COUNT, PART, BOUNDS, BITS, tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h, factor, cap, T,
     OWN: gl.constexpr, N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
 ):  # fmt: skip
     """The warps that attend with 64 rows of every tile."""
     DTYPE: gl.constexpr = out_desc.dtype
@@ -173,11 +167,11 @@ def attend_half(
     v_tiles = v_tiles._reinterpret(DTYPE, [STAGES, N, DIM], WIDE)
     row = OWN * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     step = 0
-    turn = 0
-    line, head, kv, batch = work_of(gl.program_id(0), row_tiles, heads, GROUP)
+    line, head, _, batch = work_of(gl.program_id(0), row_tiles, heads, GROUP)
     spot, first = list_of(batch, head, line, shared, lines, most, apart_b, apart_h)
     full, count, part = gl.load(FULL + spot), gl.load(COUNT + spot), gl.load(PART + first)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = tile // gl.num_programs(0)
         # What is read of lists is asked for one entry ahead, or one tile, so that nothing waits for it.
         following = gl.load(PART + first + gl.minimum(gl.maximum(full, 1), most - 1))
         bound = bounds_of(gl.where(full > 0, -1, part), row, BOUNDS, N)
@@ -188,7 +182,7 @@ def attend_half(
         start = line * 128 + OWN * 64
         whole, entries, list_now = full, count, first
         after = gl.minimum(tile + gl.num_programs(0), tiles - 1)
-        line, head, kv, batch = work_of(after, row_tiles, heads, GROUP)
+        line, head, _, batch = work_of(after, row_tiles, heads, GROUP)
         spot, first = list_of(batch, head, line, shared, lines, most, apart_b, apart_h)
         full, count, next_part = gl.load(FULL + spot), gl.load(COUNT + spot), gl.load(PART + first)
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
@@ -196,31 +190,27 @@ def attend_half(
         out = gl.zeros([64, DIM], gl.float32, OUT)
         mbarrier.wait(q_full.index(0), turn & 1)
         mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
-        turn_begins(turns, OWN, step & 1, PINGPONG)
         zero = gl.zeros([64, N], gl.float32, SCORES)
-        scores = warpgroup_mma(
-            q, k_tiles.index(step % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True
-        )
-        turn_ends(turns, OWN, PINGPONG)
+        scores = warpgroup_mma(q, k_tiles.index(step % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        p, total, top, shrink = weigh(
+        p, total, top, _ = weigh(
             scores, total, top, factor, cap, part, bound, row, BITS, True, N, SCORES, OPERAND, DTYPE
         )
         state = (p, out, total, top)
         step += 1
         for _ in range(1, whole):
             state = advance(
-                step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns, factor, cap, -1, row,
-                BOUNDS, BITS, OWN, False, N, STAGES, SCORES, OPERAND, DTYPE, PINGPONG,
+                step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, factor, cap, -1, row,
+                BOUNDS, BITS, OWN, False, N, STAGES, SCORES, OPERAND, DTYPE,
             )  # fmt: skip
             step += 1
         for i in range(gl.maximum(whole, 1), entries):
             part = following
             following = gl.load(PART + list_now + gl.minimum(i + 1, most - 1))
             state = advance(
-                step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, turns, factor, cap, part, row,
-                BOUNDS, BITS, OWN, True, N, STAGES, SCORES, OPERAND, DTYPE, PINGPONG,
+                step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, factor, cap, part, row,
+                BOUNDS, BITS, OWN, True, N, STAGES, SCORES, OPERAND, DTYPE,
             )  # fmt: skip
             step += 1
         p, out, total, top = state
@@ -243,7 +233,6 @@ def attend_half(
         gl.thread_barrier()
         tma.async_copy_shared_to_global(out_desc, [batch_now, head_now, start, 0], spot_o)
         part = next_part
-        turn += 1
     tma.store_wait(0)
 
 
@@ -253,7 +242,7 @@ def attend_half(
 def attend_tiles(
     q_desc, k_desc, v_desc, out_desc, LSE, FULL, COUNT, INDEX, PART, BOUNDS, BITS,
     tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h, factor, cap, T,
-    N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `forward.attend_rows`, for blocks of 128 rows in 16 bits. Grid: at most a program a multiprocessor."""
     DTYPE: gl.constexpr = out_desc.dtype
@@ -267,31 +256,25 @@ def attend_tiles(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     mbarrier.init(q_full.index(0), count=1)
     mbarrier.init(q_empty.index(0), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
     fence_async_shared()
-    if PINGPONG:
-        # The first half has the first turn.
-        mbarrier.arrive(turns.index(0), count=1)
     gl.warp_specialize(
         [
             (attend_half, (
                 out_desc, LSE, q_tiles, k_tiles, v_tiles, o_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                turns, FULL, COUNT, PART, BOUNDS, BITS, tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h,
-                factor, cap, T, gl.constexpr(0), N, DIM, GROUP, STAGES, PINGPONG,
+                FULL, COUNT, PART, BOUNDS, BITS, tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h,
+                factor, cap, T, gl.constexpr(0), N, DIM, GROUP, STAGES,
             )),
             (attend_half, (
                 out_desc, LSE, q_tiles, k_tiles, v_tiles, o_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                turns, FULL, COUNT, PART, BOUNDS, BITS, tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h,
-                factor, cap, T, gl.constexpr(1), N, DIM, GROUP, STAGES, PINGPONG,
+                FULL, COUNT, PART, BOUNDS, BITS, tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h,
+                factor, cap, T, gl.constexpr(1), N, DIM, GROUP, STAGES,
             )),
             (copy, (
                 q_desc, k_desc, v_desc, q_tiles, k_tiles, v_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -301,3 +284,35 @@ def attend_tiles(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+def described(x: Tensor, *block: int) -> TensorDescriptor:
+    """The tensor descriptor of x, in tiles of the last dimensions `block`."""
+    shape = [1] * (x.dim() - len(block)) + list(block)
+    layout = gl.NVMMASharedLayout.get_default_for(shape, DTYPES[x.dtype])
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], shape, layout)
+
+
+def programs(x: Tensor, tiles: int) -> int:
+    """How many programs walk over `tiles` tiles."""
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+    return min(tiles, WAVES * count)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float, cap: float | None
+) -> tuple[Tensor, Tensor]:
+    """`block.forward` for 16 bits, D of 64 or 128, and blocks of 128 by 128 that the copy engine can read."""
+    (B, H, T, D), Hk = q.shape, k.shape[1]
+    out, lse = like(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    shared, lines, most, *apart = spread(blocks, H)
+    tiles = lines * H * B
+    arguments: list[Any] = [described(q, 64, D), described(k, 128, D), described(v, 128, D), described(out, 64, D)]
+    attend_tiles[(programs(q, tiles),)](
+        *arguments, lse, *lists(blocks), tiles, lines, H, shared, lines, most, *apart, scale * LOG2E.value, cap, T,
+        N=128, DIM=D, GROUP=H // Hk, STAGES=2, num_warps=4,
+    )  # fmt: skip
+    return out, lse

@@ -5,6 +5,10 @@ the scores' gradient meets in shared memory, for one product that gives dq, half
 adds it to memory. In which order is left to the machine, so dq may differ in its last bits from run to run.
 """
 
+from typing import Any
+
+import torch
+from torch import Tensor
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,11 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from regard.kernels.attention.hopper import LOG2E, bounds_of, list_of
+from regard.kernels.attention.arguments import like, lists, spread, three
+from regard.kernels.attention.backward import prepare
+from regard.kernels.attention.hopper import LOG2E, bounds_of, described, list_of, programs
+from regard.primitives.block_list import BlockList
 
 
 @builtin
-def add_shared_to_global(descriptor, coordinates, tile, _semantic=None):
+def add_shared_to_global(descriptor, coordinates, tile, _semantic: Any = None):
     """As `tma.async_copy_shared_to_global`, but adds. Gluon has no word for it in Triton 3.6; its builder has."""
     at = _semantic._convert_to_ir_values(coordinates, require_i64=False)
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, descriptor.handle, at, tile.handle)
@@ -36,8 +43,8 @@ def copy(
 ):  # fmt: skip
     """The warp that copies keys and values of a tile, then tiles of 64 rows."""
     step = 0
-    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = tile // gl.num_programs(0)
         column = tile % columns
         head = (tile // columns) % heads
         batch = tile // columns // heads
@@ -71,7 +78,6 @@ def copy(
                     )
                     step += 1
                 block = following
-        turn += 1
 
 
 @gluon.jit
@@ -163,9 +169,9 @@ def advance(
 @gluon.jit
 def gradients_of_half(
     dq_desc, dk_desc, dv_desc, q_tiles, k_tiles, v_tiles, dout_tiles, row_tiles, ds_tiles, dq_tiles,
-    kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, ds_full, ds_empty, FULL, COUNT, INDEX, PART, BOUNDS, BITS,
-    tiles, columns, heads, shared, lines, most, apart_b, apart_h, scale, factor, cap,
-    OWN: gl.constexpr, N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, ds_full, ds_empty,
+    FULL, COUNT, INDEX, PART, BOUNDS, BITS, tiles, columns, heads, shared, lines, most, apart_b, apart_h,
+    scale, factor, cap, OWN: gl.constexpr, N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warps that hold dk and dv of 64 keys of every tile."""
     DTYPE: gl.constexpr = dk_desc.dtype
@@ -179,8 +185,8 @@ def gradients_of_half(
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     row_tiles = row_tiles._reinterpret(gl.float32, [STAGES * 2, 64], LINE)
     step = 0
-    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        turn = tile // gl.num_programs(0)
         column = tile % columns
         head = (tile // columns) % heads
         batch = tile // columns // heads
@@ -227,7 +233,6 @@ def gradients_of_half(
         fence_async_shared()
         gl.thread_barrier()
         tma.async_copy_shared_to_global(dk_desc, [batch, head, column * N + OWN * 64, 0], way)
-        turn += 1
     tma.store_wait(0)
 
 
@@ -289,3 +294,32 @@ def gradients(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+def backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+    blocks: BlockList, scale: float, cap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`block.backward` for what `hopper.forward` takes."""
+    (B, H, T, D), Hk = q.shape, k.shape[1]
+    tiles = -(-T // 128) * 2
+    # Of every 64 rows, lse and delta: one copy brings both.
+    rows = torch.empty(B * H, tiles, 128, dtype=torch.float32, device=q.device)
+    prepare[(tiles, H, B)](
+        out, dout, lse, dlse, rows, rows, three(out), three(dout), T, tiles * 64,
+        DIM=D, ROWS=64, PACKED=True,
+    )  # fmt: skip
+    sums = torch.zeros(B, H, T, D, dtype=torch.float32, device=q.device)
+    dk, dv, turned = like(k), like(v), blocks.turned()
+    shared, columns, most, *apart = spread(turned, H)
+    count = columns * Hk * B
+    arguments: list[Any] = [
+        described(q, 64, D), described(k, 128, D), described(v, 128, D), described(dout, 64, D), described(rows, 128),
+        described(sums, 64, D // 2), described(dk, 64, D), described(dv, 64, D),
+    ]  # fmt: skip
+    gradients[(programs(q, count),)](
+        *arguments, *lists(turned), count, columns, Hk, shared, columns, most, *apart,
+        scale, scale * LOG2E.value, cap, N=128, DIM=D, GROUP=H // Hk, STAGES=2, num_warps=4,
+    )  # fmt: skip
+    dq = like(q)
+    return torch.mul(sums, scale, out=dq), dk, dv

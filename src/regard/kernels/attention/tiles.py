@@ -30,30 +30,14 @@ def fetch(X, strides, batch, head, start, rows, columns, length, BULK: tl.conste
 
 
 @triton.jit
-def add(X, strides, batch, head, start, rows, columns, length, value, BULK: tl.constexpr):
-    """Add a tile to X `[B, heads, length, D]`, whoever else adds to it."""
-    if BULK:
-        at, tile = [batch, head, start, 0], value.reshape((1, 1, rows.shape[0], columns.shape[0]))
-        if INTERPRETED:  # where programs run one by one, and descriptors do not add
-            X.store(at, X.load(at) + tile)
-        else:
-            X.atomic_add(at, tile)
-    else:
-        row = start + rows
-        spots = X + batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
-        spots += row.to(tl.int64)[:, None] * strides[2] + columns[None, :]
-        tl.atomic_add(spots, value, mask=(row < length)[:, None], sem="relaxed")
-
-
-@triton.jit
-def list_of(batch, head, line, lists, strides):
+def list_of(batch, head, line, shared, lines, most, apart_b, apart_h):
     """Where the list of one line of blocks begins: `(offset into counts, offset into entries)`.
 
-    `lists`: heads that share a list, lines, and the most entries of one; `strides`: of batch rows and heads, in lists.
+    `shared`: heads that share a list; `most`: entries that each has room for; `apart_b`, `apart_h`: how far batch rows
+    and heads lie apart, in lists.
     """
-    number = batch.to(tl.int64) * strides[0] + (head // lists[0]) * strides[1]
-    spot = number * lists[1] + line
-    return spot, spot * lists[2]
+    spot = (batch.to(tl.int64) * apart_b + (head // shared) * apart_h) * lines + line
+    return spot, spot * most
 
 
 @triton.jit
