@@ -171,7 +171,8 @@ def gradients_of_half(
     dq_desc, dk_desc, dv_desc, q_tiles, k_tiles, v_tiles, dout_tiles, row_tiles, ds_tiles, dq_tiles,
     kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, ds_full, ds_empty,
     FULL, COUNT, INDEX, PART, BOUNDS, BITS, tiles, columns, heads, shared, lines, most, apart_b, apart_h,
-    scale, factor, cap, OWN: gl.constexpr, N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
+    scale, factor, cap,
+    OWN: gl.constexpr, N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warps that hold dk and dv of 64 keys of every tile."""
     DTYPE: gl.constexpr = dk_desc.dtype
