@@ -111,7 +111,8 @@ class Pattern:
         Raises:
             RegardError: `n < 0`.
         """
-        return Pattern._of((either(CUT, Pattern.sink(n).rules[0], UNCUT),), None, False)
+        (sink,) = Pattern.sink(n).rules
+        return Pattern((either(CUT, sink, UNCUT),), cut=False) if n else Pattern.causal()
 
     @staticmethod
     def dilated(n: int, stride: int) -> "Pattern":

@@ -33,6 +33,9 @@ LIMIT = 2**22
 KEPT = 8
 
 
+Lists = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class BlockList:
     """Which blocks of keys each block of rows sees, and how the cut ones are cut.
@@ -72,25 +75,35 @@ class BlockList:
         """Bytes held."""
         return sum(t.nbytes for t in (self.full, self.count, self.index, self.part, self.bounds, self.bits))
 
+    @cached_property
+    def density(self) -> float:
+        """Share of the blocks of rows x keys that are listed, mean over lists; reads the device once."""
+        row_blocks, key_blocks = self.blocks
+        return self.count.sum().item() / (self.count.shape[0] * self.count.shape[1] * row_blocks * key_blocks)
+
     def turned(self) -> "BlockList":
         """The same by block of keys, or back; made once."""
         return self._turned
 
     @cached_property
     def _turned(self) -> "BlockList":
+        shape = (len(self.count), 1, self.blocks[0 if self.by_key else 1])
         # What is kept may be used later where gradients are wanted.
         with torch.inference_mode(False):
-            lead, block, other, part = self.entries()
-            batch, heads = self.count.shape[:2]
-            lists = listed(lead, other, block, part, (batch, heads, self.blocks[0 if self.by_key else 1]))
-            full, count, index, parts = lists
-            return replace(self, full=full, count=count, index=index, part=parts, by_key=not self.by_key)
+            made = []
+            # One head at a time: entries take a hundred bytes each while they are sorted.
+            for h in range(self.count.shape[1]):
+                lead, block, other, part = self.entries(slice(h, h + 1))
+                made.append(listed(lead, other, block, part, shape))
+            full, count, index, part = beside(made)
+            return replace(self, full=full, count=count, index=index, part=part, by_key=not self.by_key)
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def entries(self, heads: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every entry once: list (batch and head), the block whose list it is in, the block it names, its part."""
-        used = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+        count, index, part = (x[:, heads] for x in (self.count, self.index, self.part))
+        used = torch.arange(index.shape[-1], device=index.device) < count[..., None]
         b, h, block, _ = used.nonzero().unbind(1)
-        return b * self.count.shape[1] + h, block, self.index[used].long(), self.part[used].long()
+        return b * count.shape[1] + h, block, index[used].long(), part[used].long()
 
     def to_dense(self) -> Tensor:
         """Who sees whom: bool `[1|B, 1|Hk|H, rows, keys]`. For tests: it is what block lists avoid."""
@@ -168,9 +181,7 @@ class BlockList:
         return written(self, heads)
 
 
-def listed(
-    lead: Tensor, block: Tensor, other: Tensor, part: Tensor, shape: tuple[int, int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def listed(lead: Tensor, block: Tensor, other: Tensor, part: Tensor, shape: tuple[int, int, int]) -> Lists:
     """`(full, count, index, part)` of entries in any order: list `lead`, its `block` names block `other`, cut `part`.
 
     `shape` is (batch, heads, blocks); all four are flat and of one length.
@@ -189,6 +200,17 @@ def listed(
     index[group, slot] = other.int()
     parts[group, slot] = part.int()
     return full.int().view(shape), count.int().view(shape), index.view(*shape, n), parts.view(*shape, n)
+
+
+def beside(lists: Sequence[Lists]) -> Lists:
+    """Lists of several heads as one, as wide as the widest."""
+    full, count = (torch.cat([one[field] for one in lists], 1) for field in (0, 1))
+    widest = max(one[2].shape[-1] for one in lists)
+    index, part = (
+        torch.cat([F.pad(one[field], (0, widest - one[field].shape[-1]), value=unused) for one in lists], 1)
+        for field, unused in ((2, 0), (3, WHOLE))
+    )
+    return full, count, index, part
 
 
 def build(
@@ -217,7 +239,8 @@ def build(
     """
     size = check_size(size)
     if isinstance(q_pos, int) and isinstance(k_pos, int):
-        device, versions = torch.device(device or "cpu"), pattern.versions()
+        device = device if isinstance(device, torch.device) else torch.device(device or "cpu")
+        versions = pattern.versions()
         make = _kept if None not in versions else _kept.__wrapped__
         return make(pattern, q_pos, k_pos, size, heads, device, versions)
     if isinstance(q_pos, int) or isinstance(k_pos, int):
@@ -291,16 +314,9 @@ def _build(pattern: Pattern, q_pos: Tensor, k_pos: Tensor, size: tuple[int, int]
     found = [_search(rule, rows, keys[h]) for rule, h in places]
     parts, bounds, bits = joined([cut for _, cut in found])
     batch, blocks = max(len(q_pos), len(k_pos)), rows.low.shape[1]
-    made = []
-    for (at, _), part in zip(found, parts, strict=True):
-        made.append(listed(*at, part, (batch, 1, blocks)))
+    made = [listed(*at, part, (batch, 1, blocks)) for (at, _), part in zip(found, parts, strict=True)]
     of = of if len(made) > 1 else of[:1]
-    full, count = (torch.cat([made[i][field] for i in of], 1) for field in (0, 1))
-    widest = max(made[i][2].shape[-1] for i in of)
-    index, part = (
-        torch.cat([F.pad(made[i][field], (0, widest - made[i][field].shape[-1]), value=empty) for i in of], 1)
-        for field, empty in ((2, 0), (3, WHOLE))
-    )
+    full, count, index, part = beside([made[i] for i in of])
     if heads is not None and 1 < len(of) < heads:
         full, count, index, part = (x.repeat_interleave(heads // len(of), 1) for x in (full, count, index, part))
     return BlockList(size, q_pos.shape[1], k_pos.shape[-1], full, count, index, part, bounds, bits)
