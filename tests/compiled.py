@@ -74,12 +74,17 @@ def kernels() -> set[str]:
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
                 made.add(node.name)
                 calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
-                functions = [part.func for part in calls]
-                # Warps that do one thing each are given a function each, first in its tuple.
-                parts = [part.args[0] for part in calls if ast.unparse(part.func) == "gl.warp_specialize"]
-                functions += [pair.elts[0] for given in parts for pair in getattr(given, "elts", ())]
-                called |= {name.id for name in functions if isinstance(name, ast.Name)}
+                called |= {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+                called |= {name for call in calls for name in _partitions(call)}
     return made - called
+
+
+def _partitions(call: ast.Call) -> Iterator[str]:
+    """The functions that `warp_specialize([(function, arguments), ...], ...)` hands to groups of warps."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "warp_specialize":
+        for part in ast.walk(call.args[0]):
+            if isinstance(part, ast.Tuple) and isinstance(part.elts[0], ast.Name):
+                yield part.elts[0].id
 
 
 def _apart(argument: str) -> list[Any]:
@@ -141,7 +146,8 @@ def _build(kernel: Any, grid: Any, target: Any, options: Any, types: Any, consta
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attributes)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, types, constants, attributes)
     made: Any = triton.compile(source, target=target, options=options.__dict__)
     chosen = {p.name: constants[(p.num,)] for p in kernel.params if p.is_constexpr and (p.num,) in constants}
     return Launch(

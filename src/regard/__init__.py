@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from regard.core.errors import RegardError as RegardError
     from regard.core.pattern import Pattern as Pattern
     from regard.ops.attention import attend as attend
+    from regard.ops.explain import explain as explain
     from regard.ops.recurrence import scan as scan
     from regard.primitives.merge import merge as merge
     from regard.recipes.attach import attach as attach
@@ -24,6 +25,7 @@ __version__ = "0.1.0"
 _NAMES = {
     "attach": "regard.recipes.attach",
     "attend": "regard.ops.attention",
+    "explain": "regard.ops.explain",
     "scan": "regard.ops.recurrence",
     "merge": "regard.primitives.merge",
     "place": "regard.recipes.recipe",
@@ -33,7 +35,7 @@ _NAMES = {
     "RegardError": "regard.core.errors",
 }
 
-__all__ = ["Pattern", "Recipe", "RegardError", "attach", "attend", "merge", "place", "scan", "search"]
+__all__ = ["Pattern", "Recipe", "RegardError", "attach", "attend", "explain", "merge", "place", "scan", "search"]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,3 +36,10 @@ def test_compiles_without_spilling(function):
 
 def test_no_kernel_is_left_out():
     assert compiled.launched() == compiled.kernels()
+
+
+def test_neither_length_nor_pattern_is_known_to_the_compiler():
+    found = compiled.report("attend_lengths")
+    assert sorted(launch.kernel for launch in found) == ["attend_rows", "column_gradients", "prepare"], "\n".join(
+        map(str, found)
+    )

@@ -164,7 +164,7 @@ def test_attend_says_why_it_does_not_decode():
         (None, torch.zeros(1), "no bias"),
         (None, None, "not on cpu"),
     ]:
-        assert words in decoding.serves(q, k, v, pattern=pattern, bias=bias)
+        assert words in decoding.refuses(q, k, v, pattern=pattern, bias=bias)
         with pytest.raises(RegardError, match="backend 'decode' refuses"):
             attend(q, k, v, pattern=pattern, bias=bias, backend="decode")
 

@@ -1,11 +1,13 @@
 """Exact attention over any `Pattern`, on the fastest path that computes exactly that.
 
 `reference` (`primitives/reference.py`) is the definition. `sdpa` runs torch's fused kernels with their lse
-and skips the keys that a pattern of finite reach cannot see. `decode` reads every key once for few queries, on a GPU
-(`ops/decode.py`). A named backend never falls back.
+and skips the keys that a pattern of finite reach cannot see. On a GPU, `block` runs kernels over the blocks that a
+pattern opens (`ops/blocks.py`), and `decode` reads every key once for few queries (`ops/decode.py`). A named backend
+never falls back.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from regard.core.pattern import Pattern
 from regard.core.reach import FOR_EVER
 from regard.core.rules import Causal, Rule, covers
 from regard.core.shapes import group_size
+from regard.ops import blocks
 from regard.ops import decode as decoding
 from regard.primitives.merge import merge
 from regard.primitives.reference import reference
@@ -25,7 +28,38 @@ from regard.primitives.sweep import sweep, visible
 __all__ = ["attend", "choose", "merge"]
 
 Part = tuple[Tensor, Tensor]
-BACKENDS = ("auto", "reference", "sdpa", "decode")
+BACKENDS = ("auto", "reference", "sdpa", "block", "decode")
+
+
+class Verdict(NamedTuple):
+    """What a backend says of a call: why it cannot do it, why `auto` leaves it to others (None: neither), its use."""
+
+    backend: str
+    refuses: str | None
+    yields: str | None
+    gain: str
+
+
+def verdicts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    pattern: Pattern | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    aligned: bool = True,
+) -> Iterator[Verdict]:
+    """Of every backend, in the order in which `auto` asks them; `aligned` says that no positions are given."""
+    reason = decoding.refuses(q, k, v, pattern=pattern, bias=bias)
+    better = None if reason else decoding.yields(q, k, pattern=pattern, aligned=aligned)
+    yield Verdict("decode", reason, better, "few queries over many keys: each is read once")
+    reason = blocks.refuses(q, k, v, bias=bias)
+    better = None if reason else blocks.yields(q, k, pattern)
+    yield Verdict("block", reason, better, "the pattern's blocks are read, and no mask of all pairs is built")
+    reason = refuses(q, k, v, bias=bias, softcap=softcap)
+    yield Verdict("sdpa", reason, None, "torch's fused kernels do this exactly")
+    yield Verdict("reference", None, None, reason or "the definition, for all that others refuse")
 
 
 def choose(
@@ -39,9 +73,7 @@ def choose(
     aligned: bool = True,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """The backend that `attend` would run, and why: `("reference" | "sdpa" | "decode", reason)`.
-
-    `aligned` says that no positions are given.
+    """The backend that `attend` would run, one of `BACKENDS`, and why. `aligned` says that no positions are given.
 
     Raises:
         RegardError: no such backend, or a named one refuses the call; the message says why.
@@ -50,20 +82,14 @@ def choose(
         one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
-    if backend in ("auto", "decode"):
-        reason = decoding.serves(q, k, v, pattern=pattern, bias=bias)
-        if backend == "decode" and reason is not None:
-            raise RegardError(f"backend 'decode' refuses: {reason}. Use backend='reference' or 'auto'")
-        if backend == "decode":
-            return "decode", "asked for"
-        if reason is None and decoding.yields(q, k, pattern=pattern, aligned=aligned) is None:
-            return "decode", "few queries over many keys: each is read once"
-    reason = refuses(q, k, v, bias=bias, softcap=softcap)
-    if backend == "sdpa" and reason is not None:
-        raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")
-    if reason is not None:
-        return "reference", reason
-    return "sdpa", "asked for" if backend == "sdpa" else "torch's fused kernels do this exactly"
+    for verdict in verdicts(q, k, v, pattern=pattern, bias=bias, softcap=softcap, aligned=aligned):
+        if verdict.backend == backend:
+            if verdict.refuses is None:
+                return backend, "asked for"
+            raise RegardError(f"backend {backend!r} refuses: {verdict.refuses}. Use backend='reference' or 'auto'")
+        if backend == "auto" and verdict.refuses is None and verdict.yields is None:
+            return verdict.backend, verdict.gain
+    raise AssertionError("the definition refuses nothing")
 
 
 def attend(
@@ -98,7 +124,7 @@ def attend(
         k_positions: integer `[1|B, S]` or `[1|B, Hk, S]`, in any order; None: `0..S-1`. Negative ones are
             padding: such keys are not seen, such queries are empty rows.
         empty: a row that sees nothing gives out 0 and lse -inf ("zero"), or an error ("raise").
-        backend: "auto", "reference", "sdpa" or "decode".
+        backend: one of `BACKENDS`.
 
     Returns:
         out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow
@@ -122,6 +148,8 @@ def attend(
         out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
     elif name == "decode":
         out, lse = decoding.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
+    elif name == "block":
+        out, lse = blocks.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
     else:
         out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
     if empty == "raise":

@@ -15,7 +15,7 @@ from regard.core.shapes import group_size
 from regard.kernels import device
 from regard.primitives import reference
 
-__all__ = ["choose", "decode", "run", "serves", "yields"]
+__all__ = ["choose", "decode", "refuses", "run", "yields"]
 
 Part = tuple[Tensor, Tensor]
 BACKENDS = ("auto", "reference", "triton")
@@ -103,7 +103,7 @@ def decode(
     return _reference(q, k, v, **call) if name == "reference" else _run(q, k, v, workers=workers, **call)
 
 
-def serves(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None, bias: Tensor | None = None) -> str | None:
+def refuses(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None, bias: Tensor | None = None) -> str | None:
     """Why `regard.attend` cannot take the decoding kernel for this call, or None."""
     if bias is not None:
         return "the decoding kernel takes no bias"
@@ -113,7 +113,7 @@ def serves(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None, bias: Te
 
 
 def yields(q: Tensor, k: Tensor, *, pattern: Pattern | None, aligned: bool = True) -> str | None:
-    """Why another backend is better for a call that `serves` does not refuse, or None.
+    """Why another backend is better for a call that `refuses` does not refuse, or None.
 
     `aligned` says that positions are `0..S-1` and the queries the last of them.
     """
@@ -141,7 +141,7 @@ def run(
     scale: float,
     softcap: float | None,
 ) -> Part:
-    """`regard.attend` on the decoding kernel, for calls that `serves` does not refuse; no pattern: all see all."""
+    """`regard.attend` on the decoding kernel, for calls that `refuses` does not refuse; no pattern: all see all."""
     sink, recent = (0, None) if pattern is None else _span(pattern) or (0, None)
     if q_positions is None and k_positions is None:
         first = 0 if recent is None or sink else max(k.shape[2] - q.shape[2] + 1 - recent, 0)
