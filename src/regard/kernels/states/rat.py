@@ -2,12 +2,12 @@
 
 `summarize` reads what the first projection gives and writes the summaries of all tokens, the chunk ends, the rotated
 queries and every token's score with its own summary; torch's fused attention reads the chunk ends; `finish` joins the
-two and gates the output. `finish_gradients` and `summarize_gradients` undo them in the same order as the others ran.
-What torch's operators would write and read again between those steps is most of what such a layer costs.
+two and gates the output. `finish_gradients`, torch's backward and `summarize_gradients` are the way back. What torch's
+operators would write and read again between those steps took more than a third of such a layer's time.
 
 A program walks the tokens of one chunk, for all heads that share a query and a key, with the states of these heads in
 registers: so nothing is handed from program to program, shared vectors are read once, and their gradients are summed
-where they arise. Sums are float32.
+where they arise. Sums are float32. Loads do not run ahead of the loop: with 2, 3, 4 or 6 stages it was no faster.
 """
 
 from typing import Any, NamedTuple
@@ -20,9 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from regard.kernels import device
 from regard.primitives import sdpa
-from regard.primitives.rotary import turns
+from regard.primitives.rotary import rotate, turns
 
-AHEAD = 3  # tokens whose loads are in flight
 LANES = 256  # numbers that a warp holds of every tensor
 
 
@@ -47,19 +46,11 @@ class Sizes(NamedTuple):
         return self.chunks - 1
 
     def constants(self) -> dict[str, int]:
-        """Of a launch whose programs hold all channels of their heads."""
+        """Of a launch."""
         ranks, wide = (1 << (n - 1).bit_length() for n in (self.H // self.G, self.D))
-        return self._sized(ranks, wide)
-
-    def sliced(self) -> dict[str, int]:
-        """Of a launch whose programs hold as many channels as one warp can."""
-        ranks, wide = (1 << (n - 1).bit_length() for n in (self.H // self.G, self.D))
-        return self._sized(ranks, min(wide, max(LANES // ranks, 16)))
-
-    def _sized(self, ranks: int, wide: int) -> dict[str, int]:
         warps = min(max(ranks * wide // LANES, 1), 8)
         sizes = {"HEADS": self.H, "GROUPS": self.G, "DIM": self.D, "RANKS": ranks, "WIDE": wide}
-        return sizes | {"AHEAD": AHEAD, "num_warps": warps}
+        return sizes | {"num_warps": warps}
 
 
 def refuses(joined: Tensor, *, heads: int, groups: int) -> str | None:
@@ -109,6 +100,8 @@ class _Mix(torch.autograd.Function):
         cos, sin = _positions(size, base, joined)
         keys, values, q, ends, scores = _summarize(joined, bias, cos, sin, size)
         k, v = (x[:, None] for x in ends)
+        if base is not None:
+            k = rotate(k, _numbers(size, joined), base)
         if size.past:
             mean, lse, extra = sdpa.causal(q, k, v, scale=size.D**-0.5, trained=any(ctx.needs_input_grad))
         else:
@@ -116,7 +109,7 @@ class _Mix(torch.autograd.Function):
         out, lse = _finish(joined, values, mean, lse, scores, size)
         tensors, ctx.extra = sdpa.apart(extra)
         ctx.save_for_backward(joined, bias, cos, sin, keys, values, q, k, v, scores, mean, lse, *tensors)
-        ctx.size = size
+        ctx.size, ctx.base = size, base
         return out
 
     @staticmethod
@@ -130,9 +123,16 @@ class _Mix(torch.autograd.Function):
         if size.past:
             extra = sdpa.together(tensors, ctx.extra)
             dq, dk, dv = sdpa.causal_gradients(dout, (q, k, v), mean, lse, scale=size.D**-0.5, extra=extra)
+        if ctx.base is not None:
+            dk = rotate(dk, -_numbers(size, joined), ctx.base)
         parts = (dq, dk.contiguous(), dv.contiguous(), dout, first, dscores)
         dbias = _summarize_gradients(joined, bias, cos, sin, keys, values, scores, lse, parts, given, size)
         return given, dbias.to(bias.dtype), None, None, None, None
+
+
+def _numbers(size: Sizes, like: Tensor) -> Tensor:
+    """Of the chunks whose ends are read, `[1, past]`."""
+    return torch.arange(size.past, device=like.device)[None]
 
 
 def _positions(size: Sizes, base: float | None, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -213,11 +213,9 @@ def _summarize_gradients(
     B, T, H, G, D, C = size
     # One row a chunk, summed by torch in an order that does not change.
     dbias = joined.new_empty(B * size.chunks, H * D, dtype=torch.float32)
-    constants = size.sliced()
-    slices = -(-D // constants["WIDE"])
-    summarize_gradients[(size.chunks * G * slices, B)](
-        joined, bias, cos, sin, keys, values, scores, lse, *parts, given, dbias, T, size.past, C, D**-0.5, slices,
-        parts[0].stride(), **constants,
+    summarize_gradients[(size.chunks * G, B)](
+        joined, bias, cos, sin, keys, values, scores, lse, *parts, given, dbias, T, size.past, C, D**-0.5,
+        parts[0].stride(), **size.constants(),
     )  # fmt: skip
     return dbias.sum(0)
 
@@ -226,7 +224,6 @@ def _summarize_gradients(
 def summarize(
     joined, bias, cos, sin, keys, values, queries, key_ends, value_ends, scores, T, past, C, scale,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Summaries, ends, queries and own scores of one chunk, for the heads of one group."""
     chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
@@ -237,7 +234,7 @@ def summarize(
     even, odd = _angles(cos, sin, chunk, d, DIM)
     key, value = tl.zeros((RANKS, WIDE), tl.float32), tl.zeros((RANKS, WIDE), tl.float32)
     place = row * HEADS + heads
-    for at in tl.range(0, C, num_stages=AHEAD):
+    for at in tl.range(0, C, num_stages=1):
         t = chunk * C + at
         live = t < T
         token = row * T + t
@@ -257,9 +254,6 @@ def summarize(
             query = query * even + _read(shared + across, near & live) * odd
         to = queries + ((place * past + chunk - 1) * C + at)[:, None] * DIM + d[None, :]
         tl.store(to, tl.broadcast_to(query[None, :], (RANKS, WIDE)).to(queries.dtype.element_ty), here & (chunk > 0))
-    if cos is not None:
-        swapped = tl.gather(key, tl.broadcast_to(across[None, :], (RANKS, WIDE)), 1)
-        key = key * even[None, :] + swapped * odd[None, :]
     to = (place * past + chunk)[:, None] * DIM + d[None, :]
     tl.store(key_ends + to, key.to(key_ends.dtype.element_ty), mask=here & (chunk < past))
     tl.store(value_ends + to, value.to(value_ends.dtype.element_ty), mask=here & (chunk < past))
@@ -269,7 +263,6 @@ def summarize(
 def finish(
     joined, values, mean, lse, scores, out, total, T, past, C, strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """The attention of one chunk's tokens joined with their own summaries, and gated."""
     chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
@@ -277,7 +270,7 @@ def finish(
     heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
-    for at in tl.range(0, C, num_stages=AHEAD):
+    for at in tl.range(0, C, num_stages=1):
         t = chunk * C + at
         live = t < T
         token = row * T + t
@@ -300,7 +293,6 @@ def finish(
 def finish_gradients(
     joined, values, mean, lse, scores, dy, given, dout, first, dscores, T, past, C, strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
     """What `finish` makes of a gradient; `mean` and `lse` are the joined ones."""
     chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
@@ -308,7 +300,7 @@ def finish_gradients(
     heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
-    for at in tl.range(0, C, num_stages=AHEAD):
+    for at in tl.range(0, C, num_stages=1):
         t = chunk * C + at
         live = t < T
         token = row * T + t
@@ -333,27 +325,21 @@ def finish_gradients(
 @triton.jit(do_not_specialize=["T", "past", "C"])
 def summarize_gradients(
     joined, bias, cos, sin, keys, values, scores, lse, dqueries, dkey_ends, dvalue_ends, dout, first, dscores,
-    given, dbias, T, past, C, scale, slices, strides,
+    given, dbias, T, past, C, scale, strides,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, RANKS: tl.constexpr, WIDE: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """What `summarize` makes of its gradients: the tokens of a chunk are walked from the last to the first.
-
-    Nothing is summed over channels here, so a program is one warp with some of them: it waits for no other.
-    """
-    program, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    chunk, group = program // slices // GROUPS, program // slices % GROUPS
-    d = program % slices * WIDE + tl.arange(0, WIDE)
+    """What `summarize` makes of its gradients: the tokens of a chunk are walked from the last to the first."""
+    chunk, group, row = tl.program_id(0) // GROUPS, tl.program_id(0) % GROUPS, tl.program_id(1).to(tl.int64)
+    d = tl.arange(0, WIDE)
     heads, column, here = _heads(group, d, HEADS, GROUPS, DIM, RANKS)
     near, shift = d < DIM, _read(bias + column, here)
     even, odd = _angles(cos, sin, chunk, d, DIM)
     place = row * HEADS + heads
     read, reads = here & (chunk > 0), (heads < HEADS) & (chunk > 0)
     ends, kept = (place * past + chunk)[:, None] * DIM, here & (chunk < past)
-    dkey = _turned_back(dkey_ends + ends, d, even, odd, kept, DIM, cos is not None)
-    dvalue = _read(dvalue_ends + ends + d[None, :], kept)
+    dkey, dvalue = _read(dkey_ends + ends + d[None, :], kept), _read(dvalue_ends + ends + d[None, :], kept)
     dshift = tl.zeros((RANKS, WIDE), tl.float32)
-    for walked in tl.range(0, C, num_stages=AHEAD):
+    for walked in tl.range(0, C, num_stages=1):
         at = C - 1 - walked
         t = chunk * C + at
         live = t < T
