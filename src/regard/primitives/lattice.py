@@ -35,11 +35,13 @@ def per_axis(name: str, value: Value | Sequence[Value], axes: int) -> tuple[Valu
     """`value` for every one of `axes`: one for all, or a sequence of as many.
 
     Raises:
-        RegardError: a sequence of another length.
+        RegardError: a sequence of another length, or of anything but whole numbers.
     """
     if isinstance(value, (int, bool)):
         return (value,) * axes
-    values = tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,)
+    if not all(isinstance(n, (int, bool)) for n in values):
+        raise RegardError(f"{name} must be a whole number, or a sequence of one an axis, got {value!r}")
     if len(values) != axes:
         raise RegardError(f"{name} {values} has {len(values)} numbers for a grid of {axes} axes")
     return values

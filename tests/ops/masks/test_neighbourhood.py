@@ -195,6 +195,8 @@ def test_blocks_are_fewer_in_tiles():
         ("axis 1: a stride must lie in 1 to the kernel, 3, got 4", (8, 8), 3, {"stride": (1, 4)}),
         ("kernel (3, 3, 3) has 3 numbers for a grid of 2 axes", (8, 8), (3, 3, 3), {}),
         ("causal (True,) has 1 numbers for a grid of 2 axes", (8, 8), 3, {"causal": (True,)}),
+        ("kernel must be a whole number, or a sequence of one an axis, got 3.5", (8, 8), 3.5, {}),
+        ("stride must be a whole number, or a sequence of one an axis, got (1.0, 2)", (8, 8), 3, {"stride": (1.0, 2)}),
         ("a grid needs at least one axis", (), 3, {}),
         ("whole numbers from 1 up, got (4, 0)", (4, 0), 3, {}),
         ("axis 0 of 4 cells takes no box of 5", (4, 4), 3, {"box": 5}),
