@@ -67,14 +67,18 @@ def launched() -> set[str]:
 
 
 def kernels() -> set[str]:
-    """Names of all kernels in the package that no other one calls, read from its text."""
+    """Names of all kernels in the package that no other one calls or gives to its warps, read from its text."""
     made, called = set(), set()
     for file in SOURCES.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
                 made.add(node.name)
-                calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
-                called |= {name.id for name in calls if isinstance(name, ast.Name)}
+                calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+                functions = [part.func for part in calls]
+                # Warps that do one thing each are given a function each, first in its tuple.
+                parts = [part.args[0] for part in calls if ast.unparse(part.func) == "gl.warp_specialize"]
+                functions += [pair.elts[0] for given in parts for pair in getattr(given, "elts", ())]
+                called |= {name.id for name in functions if isinstance(name, ast.Name)}
     return made - called
 
 
@@ -135,8 +139,9 @@ def _build(kernel: Any, grid: Any, target: Any, options: Any, types: Any, consta
     """Compile one configuration."""
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(kernel, types, constants, attributes)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, types, constants, attributes)
     made: Any = triton.compile(source, target=target, options=options.__dict__)
     chosen = {p.name: constants[(p.num,)] for p in kernel.params if p.is_constexpr and (p.num,) in constants}
     return Launch(

@@ -3,6 +3,8 @@
 Tensors hold nothing (device `meta`), sizes are those that matter. Every kernel must be launched by one of them.
 """
 
+from unittest.mock import patch
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,14 @@ def scan() -> None:
         state = _empty(B, H, D, D, dtype=torch.float32).requires_grad_()
         out, last = scan(q, k, v, decay=decay, beta=beta, delta=delta, initial_state=state)
         torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
+
+
+def latent() -> None:
+    from regard.kernels import device
+    from regard.kernels.attention.latent import decode
+
+    for (B, H, S, r, e), on in [((64, 128, 8192, 512, 64), (9, 0)), ((1, 128, 32768, 512, 64), (10, 0)),
+                                ((1, 16, 4096, 256, 32), (9, 0))]:  # fmt: skip
+        starts = _empty(B, dtype=torch.int32)
+        with patch.object(device, "capability", lambda tensor, on=on: on):
+            decode(_empty(B, H, 1, r + e), _empty(B, S, r + e), rank=r, scale=0.1, lengths=starts, starts=starts)

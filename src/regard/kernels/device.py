@@ -18,3 +18,8 @@ def refuses(tensor: Tensor) -> str | None:
     if find_spec("triton") is None:
         return "kernels need Triton, which is not installed (pip install triton)"
     return None
+
+
+def capability(tensor: Tensor) -> tuple[int, int]:
+    """Compute capability of the device of `tensor`; (0, 0) where it is no GPU."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
