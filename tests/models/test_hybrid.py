@@ -16,7 +16,7 @@ from regard.models.hybrid import HybridConfig, HybridForCausalLM
 
 WIDTH, HEADS, VOCAB = 32, 2, 61
 NAMES = mixers.names()
-RECURRENT = [name for name in NAMES if name != "softmax"]
+OTHERS = [name for name in NAMES if name != "softmax"]
 
 
 def made(stems, dtype=torch.float64, seed=0, **options):
@@ -43,7 +43,7 @@ def decoded(model, ids, cuts, mask=None):
 
 
 @pytest.mark.parametrize("per_softmax", [0, 1, 3, None])
-@pytest.mark.parametrize("name", RECURRENT)
+@pytest.mark.parametrize("name", OTHERS)
 def test_decoding_equals_one_forward(name, per_softmax):
     model, ids = made(layouts.ratio(name, per_softmax, layers=4)), text(2, 15)
     with torch.no_grad():
@@ -152,6 +152,19 @@ def test_key_value_bytes_shrink_by_the_ratio(per_softmax):
     assert (dense[1] - dense[0]) == (per_softmax + 1) * (mixed[1] - mixed[0])
     states = mixed[1] - dense[1] // (per_softmax + 1)
     assert states == 2 * 4 * HELD["gla"] * (layers - layers // (per_softmax + 1))
+
+
+def test_latents_are_held_once():
+    """(r + e) numbers a token and row, whatever the heads, and at most 16 spare slots while there are few."""
+    model, ids = made(["mla"] * 2, torch.float32, mixer_options={"mla": {"rank": 20, "rope_size": 6}}), text(3, 24)
+    _, cache = decoded(model, ids, ())
+    assert cache.nbytes == 2 * 3 * (24 + 16) * 26 * 4
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+    pieces, cache = decoded(model, ids, (10, 11, 17))
+    torch.testing.assert_close(pieces, whole, atol=1e-4, rtol=0)
+    held = [layer.store.buffer.read()[0] for layer in cache.layers]
+    assert [list(field.shape) for field in held] == [[3, 1, 24, 26]] * 2
 
 
 def test_windows():
@@ -321,8 +334,9 @@ def test_drafts_and_crop_are_refused():
         model(ids, past_key_values=DynamicCache())
 
 
-def test_a_plain_transformer_takes_drafts_and_crops():
-    model, ids = made(["softmax", "softmax"]), text(1, 8)
+@pytest.mark.parametrize("name", ["softmax", "mla"])
+def test_who_holds_tokens_takes_drafts_and_crops(name):
+    model, ids = made([name, "softmax"]), text(1, 8)
     assert model.generate(ids, max_new_tokens=9, prompt_lookup_num_tokens=3).tolist() == by_hand(model, ids, 9).tolist()
     _, cache = decoded(model, ids, ())
     cache.crop(-3)
@@ -333,7 +347,7 @@ def test_a_plain_transformer_takes_drafts_and_crops():
 
 def test_a_prompt_is_read_once_for_many():
     """A copy of a cache goes on by itself; rows are repeated and selected with everything that is remembered."""
-    model, ids = made(["gated_delta_net", "softmax", "retnet"]), text(2, 9)
+    model, ids = made(["gated_delta_net", "softmax", "mla", "retnet"]), text(2, 9)
     _, cache = decoded(model, ids[:, :6], ())
     with torch.no_grad():
         whole = model(ids).logits[:, 6:]
@@ -346,7 +360,7 @@ def test_a_prompt_is_read_once_for_many():
 
 
 def test_a_cache_starts_again():
-    model, ids = made(["retnet", "softmax"]), text(2, 7)
+    model, ids = made(["retnet", "softmax", "mla"]), text(2, 7)
     first, cache = decoded(model, ids, (3,))
     cache.reset()
     assert cache.nbytes == cache.get_seq_length() == 0

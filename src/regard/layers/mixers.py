@@ -30,6 +30,17 @@ def load(name: str) -> type[nn.Module]:
     return import_module(f"regard.layers.states.{name}").Mixer
 
 
+def holds(name: str) -> str:
+    """What a request holds for mixer `name`: `keys` (and values), `latents`, or a `state`.
+
+    Keys and latents are held for every token: the mixer takes a mask of all tokens so far, and can take tokens back.
+
+    Raises:
+        RegardError: no such mixer.
+    """
+    return getattr(load(name), "holds", "state")
+
+
 def check_options(name: str, options: Mapping[str, Any]) -> None:
     """Whether mixer `name` takes all of `options` (`heads` besides).
 

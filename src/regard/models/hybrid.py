@@ -171,7 +171,7 @@ class HybridModel(HybridPreTrainedModel):
             if output_hidden_states:
                 kept.append(x)
             call: dict[str, Any] = {"cu_seqlens": cu_seqlens, "mask": mask}
-            if layer.stem != layouts.SOFTMAX and mask is not None:
+            if mask is not None and kinds.holds(layer.stem) == "state":
                 call["mask"] = mask[:, seen:]
             if layer.stem in states:
                 call["bound"] = states[layer.stem][number]
@@ -252,7 +252,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         self.model = HybridModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self._is_stateful = any(stem != layouts.SOFTMAX for stem in config.mixers or ())
+        self._is_stateful = any(kinds.holds(stem) == "state" for stem in config.mixers or ())
         self.register_load_state_dict_pre_hook(_same_layout)
         self.post_init()
 

@@ -38,10 +38,16 @@ class Memory:
 
     def update(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Append `keys [B, Hk, T, D]` and `values [B, Hk, T, Dv]` to those held; all of them, `[B, Hk, S, *]`."""
-        for name, new in (("keys", keys), ("values", values)):
-            old = self.get(name)
-            self.set(name, new if old is None else torch.cat((old, new), dim=2))
-        return self._held["keys"], self._held["values"]
+        return self._extend("keys", keys), self._extend("values", values)
+
+    def latents(self, c: Tensor, kappa: Tensor) -> Tensor:
+        """Append latents `c [B, 1, T, r]` with their rotary keys `kappa [B, 1, T, e]`; all, `[B, 1, S, r + e]`."""
+        return self._extend("latents", torch.cat((c, kappa), dim=-1))
+
+    def _extend(self, name: str, new: Tensor) -> Tensor:
+        old = self.get(name)
+        self.set(name, new if old is None else torch.cat((old, new), dim=2))
+        return self._held[name]
 
     def advance(self, tokens: int) -> None:
         """`tokens` more went by.

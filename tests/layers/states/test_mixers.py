@@ -15,6 +15,10 @@ OPTIONS = {name: {} for name in NAMES} | {
     "kda, safe": {"safe": True, "negative_eigenvalues": True},
     "gated_delta_net, grouped": {"value_heads": 4, "gate": False},
     "delta_net, gated": {"gate": True},
+    "mla, deepseek": {
+        "q_rank": 12, "rank": 10, "rope_size": 6, "head_size": 7, "value_size": 9, "interleaved": True, "bias": True,
+    },
+    "mla, plain": {"rope_size": 0, "latent_norm": False, "scale": 0.5},
     "softmax, window": {"window": 5, "kv_heads": 1, "rope": False},
     "tnl, low rank": {
         "gate": "low_rank", "norm": "layer", "value_silu": True, "positions": True, "schedule": "fla",
@@ -40,8 +44,8 @@ def some(rows, tokens, dtype=torch.float64):
 
 
 def cover(name, mask, seen):
-    """Softmax reads its keys again, so that its mask covers all of them; a recurrence is told of new tokens only."""
-    return mask if name.startswith("softmax") else mask[:, seen:]
+    """Whoever reads tokens again has a mask of all of them; a recurrence is told of new tokens only."""
+    return mask[:, seen:] if mixers.holds(name.split(",")[0]) == "state" else mask
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

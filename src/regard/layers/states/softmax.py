@@ -2,13 +2,13 @@
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.layers.blocks.heads import Output, join, linear, size, split, whole_groups
+from regard.layers.blocks.positions import covering, same_sequence
 from regard.ops.attention import attend
 from regard.primitives.rotary import rotate
 
@@ -46,6 +46,8 @@ class Mixer(nn.Module):
     Raises:
         RegardError: channels do not divide among the heads, or heads among the KV heads.
     """
+
+    holds = "keys"
 
     def __init__(
         self,
@@ -87,8 +89,7 @@ class Mixer(nn.Module):
 
         `mask` is bool and covers all keys so far, `[B, seen + T]`: unlike a recurrence, attention reads them again.
         """
-        seen = 0 if memory is None else memory.seen
-        at = self._positions(x, seen, memory, mask, cu_seqlens)
+        at = covering(x, self.width, memory, mask, cu_seqlens)
         q, k, v = split(self.q(x), self.heads), split(self.k(x), self.kv_heads), split(self.v(x), self.kv_heads)
         if self.rope:
             here = at[:, -x.shape[1] :]
@@ -98,24 +99,6 @@ class Mixer(nn.Module):
             memory.advance(x.shape[1])
         return self.out(join(self._attend(q, k, v, at, mask, cu_seqlens)))
 
-    def _positions(
-        self, x: Tensor, seen: int, memory: Keys | None, mask: Tensor | None, cu_seqlens: Tensor | None
-    ) -> Tensor:
-        """Positions `[1|B, seen + T]` of all keys, padding not counted and itself -1."""
-        rows, tokens = x.shape[:2]
-        if x.dim() != 3 or x.shape[-1] != self.width:
-            raise RegardError(f"a mixer of width {self.width} takes [B, T, {self.width}], got {list(x.shape)}")
-        if cu_seqlens is not None and (memory is not None or mask is not None or rows != 1):
-            raise RegardError("packed sequences lie in one row, whole and without padding: no memory, no mask")
-        if mask is None:
-            return torch.arange(seen + tokens, device=x.device)[None]
-        if mask.dtype != torch.bool or mask.shape != (rows, seen + tokens):
-            raise RegardError(
-                f"mask must be bool [{rows}, {seen + tokens}], all keys so far (True: a token), "
-                f"got {mask.dtype} {list(mask.shape)}"
-            )
-        return torch.where(mask, mask.long().cumsum(1) - 1, -1)
-
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, at: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor:
@@ -124,7 +107,7 @@ class Mixer(nn.Module):
         if drop:
             return self._dropping(q, k, v, at, cu_seqlens, pattern, drop)
         if cu_seqlens is not None:
-            pattern = pattern & _same_sequence(cu_seqlens, q.shape[2])
+            pattern = pattern & same_sequence(cu_seqlens, q.shape[2])
         if mask is None:
             return attend(q, k, v, pattern=pattern)[0]
         # A layer with a window holds the last keys only.
@@ -136,7 +119,7 @@ class Mixer(nn.Module):
         """With dropout of the weights, which `attend` does not have: torch's own attention under a dense mask."""
         q_at, k_at = at[:, -q.shape[2] :], at[:, -k.shape[2] :]
         if cu_seqlens is not None:
-            pattern = pattern & _same_sequence(cu_seqlens, q.shape[2])
+            pattern = pattern & same_sequence(cu_seqlens, q.shape[2])
         if len(at) == 1 and q.shape[2] == k.shape[2] and pattern.is_causal:
             seen, causal = None, True
         else:
@@ -146,9 +129,3 @@ class Mixer(nn.Module):
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=seen, dropout_p=drop, is_causal=causal, enable_gqa=self.kv_heads != self.heads
         )
-
-
-def _same_sequence(cu_seqlens: Tensor, tokens: int) -> Pattern:
-    """Pairs of positions in the same packed sequence."""
-    number = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=cu_seqlens.device), right=True)
-    return Pattern.predicate(lambda q, k, head: number.to(q.device)[q] == number.to(k.device)[k])
