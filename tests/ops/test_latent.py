@@ -212,6 +212,8 @@ def test_bad_choices():
         ops.attend(*given_, backend="triton", pattern=Pattern.window(2))
     with pytest.raises(RegardError, match=r"backend 'triton' refuses: .*gradients"):
         ops.attend(*inputs(2, 5, grad=True), backend="triton")
+    with pytest.raises(RegardError, match="unknown choice for empty rows 'nan'"):
+        ops.attend(*given_, empty="nan")
     with pytest.raises(RegardError, match="padding must be"):
         ops.attend(*given_, padding=torch.zeros(3, dtype=torch.long))
     with pytest.raises(RegardError, match="not both"):

@@ -121,6 +121,7 @@ def attend(
     Raises:
         RegardError: sizes, heads or dtypes disagree, or what was named refuses the call; the message says why.
     """
+    one_of("choice for empty rows", empty, ("zero", "raise"))
     sizes = _check(q, latent, keys_up, values_up, padding, q_positions, k_positions)
     padding = None if padding is None else padding.to(q.device)
     call: dict[str, Any] = {"pattern": pattern, "bias": bias, "causal": causal, "softcap": softcap}
@@ -265,8 +266,8 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     starts = None if padding is None else padding.to(q.device, torch.int32)
     out, lse = _kernel().decode(absorb(q, keys_up), latent, rank=keys_up.shape[1], scale=scale, starts=starts)
-    if empty == "raise":
-        attention.raise_if_empty(lse)
+    if empty == "raise" and bool((lse == -torch.inf).any()):
+        raise RegardError("a query sees no key; pass empty='zero' for out 0")
     return torch.einsum("bhtr,hrd->bhtd", out, values_up), lse
 
 
