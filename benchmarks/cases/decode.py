@@ -31,7 +31,7 @@ Call = Callable[[int], Any]
 
 def run(
     heads: int = 32, kv_heads: int = 8, width: int = 128, length: int = 32768, page: int = 256, steps: int = 8,
-    repeats: int = 15, flex: int = 1,
+    repeats: int = 15, flex: int = 1, requests: int = 16,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
     """A row for every case, side and way of launching.
 
@@ -39,12 +39,13 @@ def run(
         heads: query heads.
         kv_heads: heads of keys and values.
         width: of a head.
-        length: keys of the single request and of each in a batch of eight; ragged requests have from a 32nd to four
-            times as many.
+        length: keys of the single request and of each in the even batch; ragged requests have from a 32nd to four times
+            as many.
         page: keys in a page.
         steps: calls in one timing.
         repeats: timings of each side, taking turns.
         flex: 0 leaves FlexAttention out, which has to be compiled.
+        requests: of the ragged batches; the even one has half as many.
 
     Raises:
         RegardError: the kernel's result is not that of the definition.
@@ -52,14 +53,14 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     told = facts.machine(torch.empty(0, device=device)) | {
         "heads": heads, "kv_heads": kv_heads, "width": width, "length": length, "page": page, "steps": steps,
-        "repeats": repeats, "dtype": "bfloat16",
+        "repeats": repeats, "requests": requests, "dtype": "bfloat16",
     }  # fmt: skip
     told["versions"] |= {"triton": importlib.metadata.version("triton")}
-    ragged = [max(length * 2 ** (i % 8) // 32 - i, 1) for i in range(16)]
+    ragged = [max(length * 2 ** (i % 8) // 32 - i, 1) for i in range(requests)]
     shape = (heads, kv_heads, width)
     rows = []
     with torch.no_grad():
-        for name, lengths in [("one", [length]), ("eight", [length] * 8), ("ragged", ragged)]:
+        for name, lengths in [("one", [length]), ("even", [length] * (requests // 2)), ("ragged", ragged)]:
             rows += case(name, lengths, shape, 0, device, steps, repeats, bool(flex))
         rows += case("ragged pages", ragged, shape, page, device, steps, repeats, False)
     return told, rows

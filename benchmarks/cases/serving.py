@@ -45,6 +45,7 @@ class Clock(StoppingCriteria):
         self.prefill = 0
 
     def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        """Never stop."""
         if ids.is_cuda:
             torch.cuda.synchronize()
             if not self.times:

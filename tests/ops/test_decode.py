@@ -161,7 +161,9 @@ def test_attend_says_why_it_does_not_decode():
         (Pattern.predicate(lambda q, k, h: k < 3), None, "not predicate"),
         (Pattern.window(3) & Pattern.sink(2), None, "not window 3 & sink 2"),
         (Pattern.stack_heads([Pattern.window(3), Pattern.causal()]), None, "the same in all heads"),
+        (Pattern.predicate(lambda q, k, h: k < 3, causal=False), None, "not "),
         (None, torch.zeros(1), "no bias"),
+        (Pattern.full(), None, "not on cpu"),
         (None, None, "not on cpu"),
     ]:
         assert words in decoding.refuses(q, k, v, pattern=pattern, bias=bias)

@@ -127,8 +127,7 @@ def attend(
         backend: one of `BACKENDS`.
 
     Returns:
-        out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow
-        through both.
+        out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); both have gradients.
 
     Raises:
         RegardError: shapes or head counts disagree, a named backend refuses, or a row is empty under "raise".

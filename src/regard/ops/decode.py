@@ -166,8 +166,8 @@ def _refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def _span(pattern: Pattern) -> tuple[int, int | None] | None:
     """`(sink, recent)` such that exactly `p_k < sink` and `p_q - p_k < recent` are allowed; None: there are none."""
-    if not getattr(pattern, "cut", True):
-        return None
+    if not pattern.cut:
+        return (0, None) if pattern.is_full else None
     first = pattern.rules[0]
     if any(rule != first for rule in pattern.rules[1:]) or not _simple(first):
         return None
