@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regard.core.errors import RegardError
-from regard.ops.sparsity.sla import CARD, sla
+from regard.ops.sparsity.sla import CARD, attend
 from regard.search import facts
 
 MOST = 0.03  # error of bfloat16, norm over norm
@@ -53,7 +53,7 @@ def run(
     call = {"critical": percent / 100, "size": (rows, block)}
     errors = {s: errors_of(s, check, width, call, device, dtype) for s in semantics()} if check else {}
     given = drawn(heads, tokens, width, device, dtype)
-    sides: dict[str, Callable[..., Tensor]] = {s: (lambda *x, s=s: sla(*x, semantics=s, **call)) for s in semantics()}
+    sides: dict[str, Callable[..., Tensor]] = {s: (lambda *x, s=s: attend(*x, semantics=s, **call)) for s in semantics()}
     if device.type == "cuda":
         sides |= {name: peer(kind) for name, kind in PEERS.items()}
     forward, both, memory = {}, {}, {}
@@ -107,7 +107,7 @@ def errors_of(
     wide = call | {"critical": max(call["critical"], 0.2)}
     results = []
     for tensors, backend in ((given, "auto"), (exact, "dense")):
-        out = sla(*tensors, semantics=name, backend=backend, **wide)
+        out = attend(*tensors, semantics=name, backend=backend, **wide)
         results.append((out, *torch.autograd.grad(out, tensors, dout.to(out.dtype))))
     names = ("out", "dq", "dk", "dv", "dw", "db")
     errors = {n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in zip(names, *results, strict=True)}
@@ -117,11 +117,11 @@ def errors_of(
 
 
 def peer(kind: SDPBackend) -> Callable[..., Tensor]:
-    def attend(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
+    def whole(q: Tensor, k: Tensor, v: Tensor, *_: Tensor) -> Tensor:
         with sdpa_kernel(kind):
             return F.scaled_dot_product_attention(q, k, v)
 
-    return attend
+    return whole
 
 
 def quiet(side: Callable[..., Tensor], given: list[Tensor]) -> None:

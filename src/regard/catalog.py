@@ -24,7 +24,7 @@ VERBS = {
     "masks": ("allow", "pattern", "attend"),
     "cache": ("keep", "encode"),
     "qkv": ("prepare",),
-    "sparsity": ("select",),
+    "sparsity": ("select", "attend"),
     "probabilities": ("reweigh",),
     "heads": ("mix",),
     "residual": ("write",),

@@ -45,7 +45,7 @@ def test_definition(semantics, features, backend):
     given = made(B=2)
     routing = sla.route(*given[:2], critical=0.3, negligible=0.3 if semantics == "paper" else 0.0, size=(8, 4))
     expected = by_loops(*given, routing, (8, 4), semantics, features)
-    found = sla.sla(*given, **ROUGH, semantics=semantics, features=features, backend=backend)
+    found = sla.attend(*given, **ROUGH, semantics=semantics, features=features, backend=backend)
     torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
 
 
@@ -78,7 +78,7 @@ def test_block_lists_show_critical_blocks():
 
 def test_all_critical_is_full_attention():
     q, k, v, weight, bias = made(H=1)
-    found = sla.sla(q, k, v, weight, bias, critical=1.0, negligible=0.0, size=(8, 4))
+    found = sla.attend(q, k, v, weight, bias, critical=1.0, negligible=0.0, size=(8, 4))
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     # Nothing is left for the linear part, whose projection still adds its bias.
     torch.testing.assert_close(found, full + bias, atol=1e-12, rtol=1e-12)
@@ -108,13 +108,13 @@ def test_chosen_blocks_are_the_total_less_the_others():
 @pytest.mark.parametrize("semantics", sla.CARD.options["semantics"].choices)
 def test_gradients(semantics):
     given = [x.requires_grad_() for x in made(N=9, S=13, D=4, Dv=3)]
-    assert torch.autograd.gradcheck(lambda *x: sla.sla(*x, **ROUGH, semantics=semantics), given)
+    assert torch.autograd.gradcheck(lambda *x: sla.attend(*x, **ROUGH, semantics=semantics), given)
 
 
 def test_a_zero_projection_learns():
     q, k, v, weight, bias = made()
     weight = torch.zeros_like(weight, requires_grad=True)
-    sla.sla(q, k, v, weight, bias, **ROUGH).square().sum().backward()
+    sla.attend(q, k, v, weight, bias, **ROUGH).square().sum().backward()
     assert weight.grad.abs().sum() > 0
 
 
@@ -144,7 +144,7 @@ def test_work():
     q, k, v = (x.expand(1, 1, -1, -1) for x in clustered())
     weight = torch.zeros(32, 32)
     with FlopCounterMode(display=False) as counted:
-        sla.sla(q, k, v, weight, critical=0.05, semantics="all", backend="gather")
+        sla.attend(q, k, v, weight, critical=0.05, semantics="all", backend="gather")
     assert counted.get_total_flops() <= 0.08 * 4 * 4096**2 * 32
 
 
@@ -161,12 +161,12 @@ def test_work():
 )
 def test_bad_input(changed, message):
     with pytest.raises(RegardError, match=message):
-        sla.sla(*made(), **{**ROUGH, **changed})
+        sla.attend(*made(), **{**ROUGH, **changed})
 
 
 def test_bad_shapes():
     q, k, v, weight, bias = made()
     with pytest.raises(RegardError, match="weight and bias must be"):
-        sla.sla(q, k, v, weight[:3], bias, **ROUGH)
+        sla.attend(q, k, v, weight[:3], bias, **ROUGH)
     with pytest.raises(RegardError, match="disagree"):
-        sla.sla(q, k, v[:, :, 1:], weight, bias, **ROUGH)
+        sla.attend(q, k, v[:, :, 1:], weight, bias, **ROUGH)

@@ -12,7 +12,7 @@ from regard.core.card import Card, Option
 from regard.core.errors import RegardError, choose
 from regard.core.shapes import group_size
 from regard.kernels import device
-from regard.ops.attention import attend
+from regard.ops.attention import attend as exactly
 from regard.primitives.reference import reference
 from regard.primitives.routing import Routing, pooled, spread
 
@@ -56,7 +56,7 @@ FEATURES = {
 }
 
 
-def sla(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -152,7 +152,7 @@ def sparse(
         return kernel.attend(q, k, v, routing.listed(size, (q.shape[2], k.shape[2])), scale=scale)[0]
     if backend == "block":
         raise RegardError(f"backend 'block' refuses: {why}. Use backend='gather' or 'auto'")
-    return routing.gathered(q, k, v, attend, size=size, scale=scale)
+    return routing.gathered(q, k, v, exactly, size=size, scale=scale)
 
 
 def linear(
