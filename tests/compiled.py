@@ -75,6 +75,7 @@ def kernels() -> set[str]:
                 made.add(node.name)
                 calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
                 called |= {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+                called |= {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)}
                 called |= {name for call in calls for name in _partitions(call)}
     return made - called
 
