@@ -73,9 +73,18 @@ def kernels() -> set[str]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(mark) for mark in node.decorator_list):
                 made.add(node.name)
-                calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
-                called |= {name.id for name in calls if isinstance(name, ast.Name)}
+                calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
+                called |= {call.func.id for call in calls if isinstance(call.func, ast.Name)}
+                called |= {name for call in calls for name in _partitions(call)}
     return made - called
+
+
+def _partitions(call: ast.Call) -> Iterator[str]:
+    """The functions that `warp_specialize([(function, arguments), ...], ...)` hands to groups of warps."""
+    if isinstance(call.func, ast.Attribute) and call.func.attr == "warp_specialize":
+        for part in ast.walk(call.args[0]):
+            if isinstance(part, ast.Tuple) and isinstance(part.elts[0], ast.Name):
+                yield part.elts[0].id
 
 
 def _apart(argument: str) -> list[Any]:
@@ -135,8 +144,10 @@ def _build(kernel: Any, grid: Any, target: Any, options: Any, types: Any, consta
     """Compile one configuration."""
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
-    source = ASTSource(kernel, types, constants, attributes)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(kernel, types, constants, attributes)
     made: Any = triton.compile(source, target=target, options=options.__dict__)
     chosen = {p.name: constants[(p.num,)] for p in kernel.params if p.is_constexpr and (p.num,) in constants}
     return Launch(

@@ -3,6 +3,8 @@
 Tensors hold nothing (device `meta`), sizes are those that matter. Every kernel must be launched by one of them.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -52,3 +54,47 @@ def scan() -> None:
         state = _empty(B, H, D, D, dtype=torch.float32).requires_grad_()
         out, last = scan(q, k, v, decay=decay, beta=beta, delta=delta, initial_state=state)
         torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
+
+
+def _blocks(T: int, S: int, bits: bool) -> Any:
+    from regard.primitives.block_list import BlockList
+
+    def made(lines: int, by_key: bool) -> BlockList:
+        numbers = [_empty(*shape, dtype=torch.int32) for shape in ((1, 1, lines), (1, 1, lines), (1, 1, lines, 9))]
+        cuts = _empty(2, 128, 2, dtype=torch.int16), _empty(int(bits), 128, 4, dtype=torch.int32)
+        return BlockList((128, 128), T, S, *numbers, numbers[2], *cuts, by_key=by_key)
+
+    blocks = made(-(-T // 128), False)
+    blocks.__dict__["_turned"] = made(-(-S // 128), True)  # made by sorting, which needs numbers
+    return blocks
+
+
+def _attend(B: int, H: int, Hk: int, T: int, S: int, D: int, dtype: torch.dtype, bits: bool, cap: float | None) -> None:
+    from regard.kernels.attention.block import attend
+
+    q, k, v = (_empty(B, *shape, D, dtype=dtype).requires_grad_() for shape in ((H, T), (Hk, S), (Hk, S)))
+    out = attend(q, k, v, _blocks(T, S, bits), scale=0.1, softcap=cap)
+    torch.autograd.backward(out, [torch.empty_like(x) for x in out])
+
+
+def attend_blocks() -> None:
+    half = torch.bfloat16
+    for D, dtype, bits, cap in [(128, half, False, None), (64, half, False, None), (128, half, True, None),
+                                (256, half, False, None), (64, torch.float32, True, 5.0)]:  # fmt: skip
+        _attend(1, 8, 2, 16384, 16384, D, dtype, bits, cap)
+
+
+def attend_blocks_on_hopper() -> None:
+    from regard.kernels.attention import hopper, hopper_backward
+
+    half = torch.bfloat16
+    for D, bits, cap in [(128, False, None), (64, False, None), (128, True, 5.0)]:
+        q, k, v = (_empty(1, heads, 16384, D, dtype=half) for heads in (8, 2, 2))
+        blocks = _blocks(16384, 16384, bits)
+        out, lse = hopper.forward(q, k, v, blocks, 0.1, cap)
+        hopper_backward.backward(q, k, v, out, lse, out, None, blocks, 0.1, cap)
+
+
+def attend_lengths() -> None:
+    for B, T, S in [(1, 16384, 16384), (1, 16384 + 1, 512), (3, 100, 7), (1, 1, 1), (16, 16, 16)]:
+        _attend(B, 8, 2, T, S, 64, torch.bfloat16, False, None)

@@ -1,7 +1,8 @@
 """Exact attention over any `Pattern`, on the fastest path that computes exactly that.
 
 `reference` (`primitives/reference.py`) is the definition. `sdpa` runs torch's fused kernels with their lse
-and skips the keys that a pattern of finite reach cannot see. A named backend never falls back.
+and skips the keys that a pattern of finite reach cannot see. `block` runs kernels over the blocks that a pattern opens,
+on a GPU (`ops/blocks.py`). A named backend never falls back.
 """
 
 from typing import Any
@@ -15,6 +16,7 @@ from regard.core.pattern import Pattern
 from regard.core.reach import FOR_EVER
 from regard.core.rules import Causal, Rule, covers
 from regard.core.shapes import group_size
+from regard.ops import blocks
 from regard.primitives.merge import merge
 from regard.primitives.reference import reference
 from regard.primitives.sdpa import fused, refuses
@@ -23,7 +25,7 @@ from regard.primitives.sweep import sweep, visible
 __all__ = ["attend", "choose", "merge"]
 
 Part = tuple[Tensor, Tensor]
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "block")
 
 
 def choose(
@@ -31,11 +33,12 @@ def choose(
     k: Tensor,
     v: Tensor,
     *,
+    pattern: Pattern | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """The backend that `attend` would run, and why: `("reference" | "sdpa", reason)`.
+    """The backend that `attend` would run, and why: `("reference" | "sdpa" | "block", reason)`.
 
     Raises:
         RegardError: no such backend, or a named one refuses the call; the message says why.
@@ -44,6 +47,14 @@ def choose(
         one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
+    if backend in ("auto", "block"):
+        reason = blocks.refuses(q, k, v, bias=bias)
+        if backend == "block" and reason is not None:
+            raise RegardError(f"backend 'block' refuses: {reason}. Use backend='reference' or 'auto'")
+        if backend == "block":
+            return "block", "asked for"
+        if reason is None and blocks.pays(q, k, pattern) is None:
+            return "block", "the pattern's blocks are read, and no mask of all pairs is built"
     reason = refuses(q, k, v, bias=bias, softcap=softcap)
     if backend == "sdpa" and reason is not None:
         raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")
@@ -84,7 +95,7 @@ def attend(
         k_positions: integer `[1|B, S]` or `[1|B, Hk, S]`, in any order; None: `0..S-1`. Negative ones are
             padding: such keys are not seen, such queries are empty rows.
         empty: a row that sees nothing gives out 0 and lse -inf ("zero"), or an error ("raise").
-        backend: "auto", "reference" or "sdpa".
+        backend: "auto", "reference", "sdpa" or "block".
 
     Returns:
         out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow
@@ -96,7 +107,7 @@ def attend(
     if empty not in ("zero", "raise"):
         one_of("choice for empty rows", empty, ("zero", "raise"))
     _check(q, k, v, pattern, bias, causal, q_positions, k_positions)
-    name, _ = choose(q, k, v, bias=bias, softcap=softcap, backend=backend)
+    name, _ = choose(q, k, v, pattern=pattern, bias=bias, softcap=softcap, backend=backend)
     if pattern is None and causal:
         pattern = Pattern.causal()
     elif pattern is not None and pattern.is_full:
@@ -105,6 +116,8 @@ def attend(
     if backend == "reference" or 0 in (*q.shape, k.shape[2]):
         mask = visible(pattern, *_positions(q, k, pattern, q_positions, k_positions))
         out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
+    elif name == "block":
+        out, lse = blocks.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
     else:
         out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
     if empty == "raise":

@@ -1,0 +1,1 @@
+"""Exact softmax attention on a GPU: over lists of blocks, and over caches."""
