@@ -14,8 +14,8 @@ ALLOWED = {
     ("solve", 128, False): 360, ("gates", 128, False): 160, ("gates", 256, False): 256, ("back", 128, False): 48,
     ("sweep", 128, False): 104, ("sweep", 256, False): 264, ("mend", 256, None): 296,
     ("mend_gradients", 256, False): 112, ("sweep", 64, True): 360, ("back", 64, True): 280, ("join", 128, None): 600,
-    # Attention over blocks. With D 128 a table without spills was slower, and `gradients` spills addresses only; softcaps
-    # and bits in kernels for Hopper, D 256 and float32 are not tuned.
+    # Attention over blocks. With D 128 a table without spills was slower, and `gradients` spills addresses only;
+    # softcaps and bits in kernels for Hopper, D 256 and float32 are not tuned.
     ("attend_tiles", 128, None): 96, ("gradients", 128, None): 544, ("attend_rows", 128, False): 192,
     ("row_gradients", 256, False): 296, ("column_gradients", 256, False): 64,
     ("attend_rows", 64, True): 576, ("row_gradients", 64, True): 3040, ("column_gradients", 64, True): 3040,
@@ -44,6 +44,5 @@ def test_no_kernel_is_left_out():
 
 def test_neither_length_nor_pattern_is_known_to_the_compiler():
     found = compiled.report("attend_lengths")
-    assert sorted(launch.kernel for launch in found) == ["attend_rows", "column_gradients", "prepare"], "\n".join(
-        map(str, found)
-    )
+    names = ["attend_rows", "column_gradients", "prepare", "row_gradients"]
+    assert sorted(launch.kernel for launch in found) == names, "\n".join(map(str, found))

@@ -96,6 +96,39 @@ def cut(scores, part, bound, rows, columns, BITS, N: gl.constexpr):
 
 
 @gluon.jit
+def send(value, way, descriptor, place, ADD: gl.constexpr):
+    """Write or add a matrix to memory at `place`, by way of shared memory."""
+    SHAPE: gl.constexpr = value.shape
+    FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, value.dtype)
+    tma.store_wait(0)
+    gl.thread_barrier()
+    way._reinterpret(value.dtype, SHAPE, FLAT).store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    if ADD:
+        add_shared_to_global(descriptor, place, way)
+    else:
+        tma.async_copy_shared_to_global(descriptor, place, way)
+
+
+@gluon.jit
+def probabilities(
+    scores, top, factor, cap, part, bound, rows, columns, BITS, PARTIAL: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """`(p, what the cap does to a slope)` of scores `[keys, rows]`."""
+    inner = 1.0
+    if cap is not None:
+        scores = scores * (factor / LOG2E) / cap
+        small = gl.exp2(-2.8853900817779268 * gl.abs(scores))
+        tanh = (1 - small) / (1 + small)
+        tanh = gl.where(scores < 0, -tanh, tanh)
+        scores, inner, factor = tanh * (cap * LOG2E), 1 - tanh * tanh, 1.0
+    if PARTIAL:
+        scores = cut(scores, part, bound, rows, columns, BITS, N)
+    return gl.exp2(scores * factor - top[None, :]), inner
+
+
+@gluon.jit
 def advance(
     half, step, part, dk, dv, q_tiles, k, k_all, v, dout_tiles, row_tiles, ds_tiles, dq_tiles, dq_desc,
     q_full, q_empty, dout_full, dout_empty, ds_full, ds_empty, batch, query, at, factor, cap, BOUNDS, BITS,
@@ -122,16 +155,7 @@ def advance(
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
     top = row_tiles.index(stage * 2).load(ALONG)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    inner = 1.0
-    if cap is not None:
-        scores = scores * (factor / LOG2E) / cap
-        small = gl.exp2(-2.8853900817779268 * gl.abs(scores))
-        tanh = (1 - small) / (1 + small)
-        tanh = gl.where(scores < 0, -tanh, tanh)
-        scores, inner, factor = tanh * (cap * LOG2E), 1 - tanh * tanh, 1.0
-    if PARTIAL:
-        scores = cut(scores, part, bound, rows, columns, BITS, N)
-    p = gl.exp2(scores * factor - top[None, :])
+    p, inner = probabilities(scores, top, factor, cap, part, bound, rows, columns, BITS, PARTIAL, N)
     dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), dout, dv, is_async=True)
     delta = row_tiles.index(stage * 2 + 1).load(ALONG)
     dp = warpgroup_mma_wait(1, deps=[dp])
@@ -154,14 +178,7 @@ def advance(
     dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
     mbarrier.arrive(dout_empty.index(stage), count=1)
     mbarrier.arrive(ds_empty.index(slot), count=1)
-    tma.store_wait(0)
-    gl.thread_barrier()
-    own = dq_tiles.index(OWN)
-    FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM // 2], gl.float32)
-    own._reinterpret(gl.float32, [64, DIM // 2], FLAT).store(dq)
-    fence_async_shared()
-    gl.thread_barrier()
-    add_shared_to_global(dq_desc, [batch, query, at + half * 64, OWN * (DIM // 2)], own)
+    send(dq, dq_tiles.index(OWN), dq_desc, [batch, query, at + half * 64, OWN * (DIM // 2)], True)
     dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(q_empty.index(stage), count=1)
     return dk, dv
@@ -223,18 +240,9 @@ def gradients_of_half(
         # The memory of dq's last tile serves both results on their way out.
         TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, 64, DIM], DTYPE)
         way = dq_tiles.index(OWN)._reinterpret(DTYPE, [1, 1, 64, DIM], TILE)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        way._reinterpret(DTYPE, [64, DIM], FLAT).store(dv.to(DTYPE))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dv_desc, [batch, head, column * N + OWN * 64, 0], way)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        way._reinterpret(DTYPE, [64, DIM], FLAT).store((dk * scale).to(DTYPE))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dk_desc, [batch, head, column * N + OWN * 64, 0], way)
+        place = [batch, head, column * N + OWN * 64, 0]
+        send(dv.to(DTYPE), way, dv_desc, place, False)
+        send((dk * scale).to(DTYPE), way, dk_desc, place, False)
         turn += 1  # noqa: SIM113 - a kernel has no enumerate
     tma.store_wait(0)
 
