@@ -226,7 +226,7 @@ def errors(
     problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor,
     slopes: tuple[Tensor, ...], scale: float, count: int = 64,
 ) -> dict[str, float]:  # fmt: skip
-    """Relative errors in the norm, in the last head: of drawn rows for what rows have, of drawn keys for the others.
+    """Relative errors in the norm, in the last head, of drawn rows and of drawn keys.
 
     Sums over keys take lse and delta of all rows from the call itself, whose own errors drawn rows show.
     """

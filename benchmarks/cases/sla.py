@@ -53,7 +53,9 @@ def run(
     call = {"critical": percent / 100, "size": (rows, block)}
     errors = {s: errors_of(s, check, width, call, device, dtype) for s in semantics()} if check else {}
     given = drawn(heads, tokens, width, device, dtype)
-    sides: dict[str, Callable[..., Tensor]] = {s: (lambda *x, s=s: attend(*x, semantics=s, **call)) for s in semantics()}
+    sides: dict[str, Callable[..., Tensor]] = {
+        s: (lambda *x, s=s: attend(*x, semantics=s, **call)) for s in semantics()
+    }
     if device.type == "cuda":
         sides |= {name: peer(kind) for name, kind in PEERS.items()}
     forward, both, memory = {}, {}, {}

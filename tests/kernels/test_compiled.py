@@ -16,13 +16,19 @@ ALLOWED = {
     ("mend_gradients", 256, False): 112, ("sweep", 64, True): 360, ("back", 64, True): 280, ("join", 128, None): 600,
     # 64 x 512 sums fill half of the registers; this one serves where the kernel of Hopper does not.
     ("_latent", None, None): 640,
+    # Attention over blocks. With D 128 a table without spills was slower, and `gradients` spills addresses only;
+    # softcaps and bits in kernels for Hopper, D 256 and float32 are not tuned.
+    ("attend_tiles", 128, None): 96, ("gradients", 128, None): 544, ("attend_rows", 128, False): 192,
+    ("row_gradients", 256, False): 296, ("column_gradients", 256, False): 64,
+    ("attend_rows", 64, True): 576, ("row_gradients", 64, True): 3040, ("column_gradients", 64, True): 3040,
 }  # fmt: skip
 
 
 def allowed(launch):
     """The most bytes a thread of this launch may spill."""
     constants = launch.constants
-    return ALLOWED.get((launch.kernel, constants.get("DIM"), constants.get("EXACT")), MOST_SPILLED)
+    exact = constants["PRECISION"] == "ieee" if "PRECISION" in constants else constants.get("EXACT")
+    return ALLOWED.get((launch.kernel, constants.get("DIM"), exact), MOST_SPILLED)
 
 
 @pytest.mark.parametrize("function", compiled.functions())
@@ -40,6 +46,5 @@ def test_no_kernel_is_left_out():
 
 def test_neither_length_nor_pattern_is_known_to_the_compiler():
     found = compiled.report("attend_lengths")
-    assert sorted(launch.kernel for launch in found) == ["attend_rows", "column_gradients", "prepare"], "\n".join(
-        map(str, found)
-    )
+    names = ["attend_rows", "column_gradients", "prepare", "row_gradients"]
+    assert sorted(launch.kernel for launch in found) == names, "\n".join(map(str, found))

@@ -137,7 +137,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, scale: float, cap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel of the forward."""
-    if on_hopper(q, k, v, blocks):
+    if on_hopper(q, k, v, blocks, cap):
         from regard.kernels.attention import hopper
 
         return hopper.forward(q, k, v, blocks, scale, cap)
@@ -161,7 +161,7 @@ def backward(
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     exactly = torch.are_deterministic_algorithms_enabled()
-    if all(wanted) and not exactly and on_hopper(q, k, v, blocks) and fits(dout):
+    if all(wanted) and not exactly and on_hopper(q, k, v, blocks, cap) and fits(dout):
         from regard.kernels.attention import hopper_backward
 
         return hopper_backward.backward(q, k, v, out, lse, dout, dlse, blocks, scale, cap)
@@ -193,14 +193,18 @@ def backward(
     return dq, dk, dv
 
 
-def on_hopper(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList) -> bool:
-    """Whether the kernels written for Hopper alone do this call."""
+def on_hopper(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, cap: float | None) -> bool:
+    """Whether the kernels written for Hopper alone do this call.
+
+    They take D of 64 and softcaps as well, but have not been checked with those on a card yet.
+    """
     return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device)[0] == 9
         and triton.__version__.startswith("3.6.")  # Gluon promises nothing from one version to the next
         and q.dtype != torch.float32
-        and q.shape[3] in (64, 128)
+        and q.shape[3] == 128
+        and cap is None
         and blocks.size == (128, 128)
         and all(map(fits, (q, k, v)))
     )

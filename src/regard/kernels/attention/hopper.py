@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from regard.kernels.attention.arguments import like, lists, spread
 from regard.primitives.block_list import BlockList
 
-# Programs a multiprocessor: more than one ends sooner, since those that come later take what is left.
+# Programs a multiprocessor: with more than one, those that come later take what is left.
 WAVES = 2
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -51,8 +51,8 @@ def copy(
 ):  # fmt: skip
     """The warp that copies queries, keys and values."""
     step = 0
+    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        turn = tile // gl.num_programs(0)
         line, head, kv, batch = work_of(tile, row_tiles, heads, GROUP)
         spot, first = list_of(batch, head, line, shared, lines, most, apart_b, apart_h)
         count = gl.maximum(gl.load(COUNT + spot), 1)
@@ -74,6 +74,7 @@ def copy(
             mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
             tma.async_copy_global_to_shared(v_desc, [batch, kv, at, 0], v_full.index(stage), v_tiles.index(stage))
             step += 1
+        turn += 1  # noqa: SIM113 - a kernel has no enumerate
 
 
 @gluon.jit
@@ -150,6 +151,54 @@ def advance(
 
 
 @gluon.jit
+def finish(out, total, top, out_desc, LSE, o_tile, place, own, T, DTYPE: gl.constexpr, DIM: gl.constexpr):
+    """Write the output of 64 rows at `place`, and their lse at `own`, behind `LSE`."""
+    FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE)
+    empty = total == 0.0
+    total = gl.where(empty, 1.0, total)
+    lse = gl.where(empty, float("-inf"), (top + gl.log2(total)) / LOG2E)
+    gl.store(LSE + own, lse, mask=own < T)
+    out = out / gl.convert_layout(total, gl.SliceLayout(1, out.type.layout))[:, None]
+    tma.store_wait(0)
+    gl.thread_barrier()
+    o_tile._reinterpret(DTYPE, [64, DIM], FLAT).store(out.to(DTYPE))
+    fence_async_shared()
+    gl.thread_barrier()
+    tma.async_copy_shared_to_global(out_desc, place, o_tile)
+
+
+@gluon.jit
+def last_product(state, step, v_tiles, v_full, v_empty, STAGES: gl.constexpr):
+    """The output once the weights of the last entry are in it, the sums and the tops."""
+    p, out, total, top = state
+    last = (step - 1) % STAGES
+    mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
+    out = warpgroup_mma(p, v_tiles.index(last), out, is_async=True)
+    out, p = warpgroup_mma_wait(0, deps=[out, p])
+    mbarrier.arrive(v_empty.index(last), count=1)
+    return out, total, top
+
+
+@gluon.jit
+def first_entry(
+    step, q, k_tiles, k_full, k_empty, factor, cap, part, bound, row, BITS,
+    N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr, OUT: gl.constexpr,
+    OPERAND: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Weights of the first entry, which go into no output yet: what `advance` carries on."""
+    total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
+    top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
+    out = gl.zeros([64, DIM], gl.float32, OUT)
+    mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
+    zero = gl.zeros([64, N], gl.float32, SCORES)
+    scores = warpgroup_mma(q, k_tiles.index(step % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(k_empty.index(step % STAGES), count=1)
+    p, total, top, _ = weigh(scores, total, top, factor, cap, part, bound, row, BITS, True, N, SCORES, OPERAND, DTYPE)
+    return p, out, total, top
+
+
+@gluon.jit
 def attend_half(
     out_desc, LSE, q_tiles, k_tiles, v_tiles, o_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     FULL, COUNT, PART, BOUNDS, BITS, tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h, factor, cap, T,
@@ -170,34 +219,26 @@ def attend_half(
     line, head, _, batch = work_of(gl.program_id(0), row_tiles, heads, GROUP)
     spot, first = list_of(batch, head, line, shared, lines, most, apart_b, apart_h)
     full, count, part = gl.load(FULL + spot), gl.load(COUNT + spot), gl.load(PART + first)
+    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        turn = tile // gl.num_programs(0)
         # What is read of lists is asked for one entry ahead, or one tile, so that nothing waits for it.
         following = gl.load(PART + first + gl.minimum(gl.maximum(full, 1), most - 1))
         bound = bounds_of(gl.where(full > 0, -1, part), row, BOUNDS, N)
         # Rows that see nothing go through one block of which nothing is seen.
         part = gl.where((full > 0) | (count == 0), -1, part)
         bound = gl.where(count > 0, bound, 0)
-        own, head_now, batch_now = line * 128 + row, head, batch
-        start = line * 128 + OWN * 64
+        own, place = line * 128 + row, [batch, head, line * 128 + OWN * 64, 0]
+        lse_at = (batch.to(gl.int64) * heads + head) * T
         whole, entries, list_now = full, count, first
         after = gl.minimum(tile + gl.num_programs(0), tiles - 1)
         line, head, _, batch = work_of(after, row_tiles, heads, GROUP)
         spot, first = list_of(batch, head, line, shared, lines, most, apart_b, apart_h)
         full, count, next_part = gl.load(FULL + spot), gl.load(COUNT + spot), gl.load(PART + first)
-        total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
-        top = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
-        out = gl.zeros([64, DIM], gl.float32, OUT)
         mbarrier.wait(q_full.index(0), turn & 1)
-        mbarrier.wait(k_full.index(step % STAGES), (step // STAGES) & 1)
-        zero = gl.zeros([64, N], gl.float32, SCORES)
-        scores = warpgroup_mma(q, k_tiles.index(step % STAGES).permute((1, 0)), zero, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_empty.index(step % STAGES), count=1)
-        p, total, top, _ = weigh(
-            scores, total, top, factor, cap, part, bound, row, BITS, True, N, SCORES, OPERAND, DTYPE
-        )
-        state = (p, out, total, top)
+        state = first_entry(
+            step, q, k_tiles, k_full, k_empty, factor, cap, part, bound, row, BITS,
+            N, DIM, STAGES, SCORES, OUT, OPERAND, DTYPE,
+        )  # fmt: skip
         step += 1
         for _ in range(1, whole):
             state = advance(
@@ -206,33 +247,17 @@ def attend_half(
             )  # fmt: skip
             step += 1
         for i in range(gl.maximum(whole, 1), entries):
-            part = following
-            following = gl.load(PART + list_now + gl.minimum(i + 1, most - 1))
+            part, following = following, gl.load(PART + list_now + gl.minimum(i + 1, most - 1))
             state = advance(
                 step, state, q, k_tiles, v_tiles, k_full, k_empty, v_full, v_empty, factor, cap, part, row,
                 BOUNDS, BITS, OWN, True, N, STAGES, SCORES, OPERAND, DTYPE,
             )  # fmt: skip
             step += 1
-        p, out, total, top = state
         mbarrier.arrive(q_empty.index(0), count=1)
-        last = (step - 1) % STAGES
-        mbarrier.wait(v_full.index(last), ((step - 1) // STAGES) & 1)
-        out = warpgroup_mma(p, v_tiles.index(last), out, is_async=True)
-        out, p = warpgroup_mma_wait(0, deps=[out, p])
-        mbarrier.arrive(v_empty.index(last), count=1)
-        empty = total == 0.0
-        total = gl.where(empty, 1.0, total)
-        lse = gl.where(empty, float("-inf"), (top + gl.log2(total)) / LOG2E)
-        gl.store(LSE + (batch_now.to(gl.int64) * heads + head_now) * T + own, lse, mask=own < T)
-        out = out / gl.convert_layout(total, gl.SliceLayout(1, OUT))[:, None]
-        tma.store_wait(0)
-        gl.thread_barrier()
-        spot_o = o_tiles.index(OWN)
-        spot_o._reinterpret(DTYPE, [64, DIM], FLAT).store(out.to(DTYPE))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(out_desc, [batch_now, head_now, start, 0], spot_o)
+        out, total, top = last_product(state, step, v_tiles, v_full, v_empty, STAGES)
+        finish(out, total, top, out_desc, LSE + lse_at, o_tiles.index(OWN), place, own, T, DTYPE, DIM)
         part = next_part
+        turn += 1  # noqa: SIM113 - a kernel has no enumerate
     tma.store_wait(0)
 
 
@@ -244,7 +269,7 @@ def attend_tiles(
     tiles, row_tiles, heads, shared, lines, most, apart_b, apart_h, factor, cap, T,
     N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `forward.attend_rows`, for blocks of 128 rows in 16 bits. Grid: at most a program a multiprocessor."""
+    """As `forward.attend_rows`, for blocks of 128 rows in 16 bits. Grid: any number of programs, at most tiles."""
     DTYPE: gl.constexpr = out_desc.dtype
     q_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, DIM], q_desc.layout)
     o_tiles = gl.allocate_shared_memory(DTYPE, [2, 1, 1, 64, DIM], q_desc.layout)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from regard.kernels.attention.arguments import like, lists, spread, three
 from regard.kernels.attention.backward import prepare
-from regard.kernels.attention.hopper import LOG2E, bounds_of, described, list_of, programs
+from regard.kernels.attention.hopper import LOG2E, bounds_of, described, list_of
 from regard.primitives.block_list import BlockList
 
 
@@ -43,8 +43,8 @@ def copy(
 ):  # fmt: skip
     """The warp that copies keys and values of a tile, then tiles of 64 rows."""
     step = 0
+    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        turn = tile // gl.num_programs(0)
         column = tile % columns
         head = (tile // columns) % heads
         batch = tile // columns // heads
@@ -78,6 +78,7 @@ def copy(
                     )
                     step += 1
                 block = following
+        turn += 1  # noqa: SIM113 - a kernel has no enumerate
 
 
 @gluon.jit
@@ -92,6 +93,39 @@ def cut(scores, part, bound, rows, columns, BITS, N: gl.constexpr):
             seen = (bits[None, :] >> (columns[:, None] & 31)) & 1
             ok = ok & ((seen != 0) | (columns[:, None] // 32 != word))
     return gl.where(ok, scores, float("-inf"))
+
+
+@gluon.jit
+def send(value, way, descriptor, place, ADD: gl.constexpr):
+    """Write or add a matrix to memory at `place`, by way of shared memory."""
+    SHAPE: gl.constexpr = value.shape
+    FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for(SHAPE, value.dtype)
+    tma.store_wait(0)
+    gl.thread_barrier()
+    way._reinterpret(value.dtype, SHAPE, FLAT).store(value)
+    fence_async_shared()
+    gl.thread_barrier()
+    if ADD:
+        add_shared_to_global(descriptor, place, way)
+    else:
+        tma.async_copy_shared_to_global(descriptor, place, way)
+
+
+@gluon.jit
+def probabilities(
+    scores, top, factor, cap, part, bound, rows, columns, BITS, PARTIAL: gl.constexpr, N: gl.constexpr
+):  # fmt: skip
+    """`(p, what the cap does to a slope)` of scores `[keys, rows]`."""
+    inner = 1.0
+    if cap is not None:
+        scores = scores * (factor / LOG2E) / cap
+        small = gl.exp2(-2.8853900817779268 * gl.abs(scores))
+        tanh = (1 - small) / (1 + small)
+        tanh = gl.where(scores < 0, -tanh, tanh)
+        scores, inner, factor = tanh * (cap * LOG2E), 1 - tanh * tanh, 1.0
+    if PARTIAL:
+        scores = cut(scores, part, bound, rows, columns, BITS, N)
+    return gl.exp2(scores * factor - top[None, :]), inner
 
 
 @gluon.jit
@@ -121,16 +155,7 @@ def advance(
     dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
     top = row_tiles.index(stage * 2).load(ALONG)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    inner = 1.0
-    if cap is not None:
-        scores = scores * (factor / LOG2E) / cap
-        small = gl.exp2(-2.8853900817779268 * gl.abs(scores))
-        tanh = (1 - small) / (1 + small)
-        tanh = gl.where(scores < 0, -tanh, tanh)
-        scores, inner, factor = tanh * (cap * LOG2E), 1 - tanh * tanh, 1.0
-    if PARTIAL:
-        scores = cut(scores, part, bound, rows, columns, BITS, N)
-    p = gl.exp2(scores * factor - top[None, :])
+    p, inner = probabilities(scores, top, factor, cap, part, bound, rows, columns, BITS, PARTIAL, N)
     dv = warpgroup_mma(gl.convert_layout(p.to(DTYPE), OPERAND), dout, dv, is_async=True)
     delta = row_tiles.index(stage * 2 + 1).load(ALONG)
     dp = warpgroup_mma_wait(1, deps=[dp])
@@ -153,14 +178,7 @@ def advance(
     dv, dq = warpgroup_mma_wait(1, deps=[dv, dq])
     mbarrier.arrive(dout_empty.index(stage), count=1)
     mbarrier.arrive(ds_empty.index(slot), count=1)
-    tma.store_wait(0)
-    gl.thread_barrier()
-    own = dq_tiles.index(OWN)
-    FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM // 2], gl.float32)
-    own._reinterpret(gl.float32, [64, DIM // 2], FLAT).store(dq)
-    fence_async_shared()
-    gl.thread_barrier()
-    add_shared_to_global(dq_desc, [batch, query, at + half * 64, OWN * (DIM // 2)], own)
+    send(dq, dq_tiles.index(OWN), dq_desc, [batch, query, at + half * 64, OWN * (DIM // 2)], True)
     dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(q_empty.index(stage), count=1)
     return dk, dv
@@ -186,8 +204,8 @@ def gradients_of_half(
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     row_tiles = row_tiles._reinterpret(gl.float32, [STAGES * 2, 64], LINE)
     step = 0
+    turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        turn = tile // gl.num_programs(0)
         column = tile % columns
         head = (tile // columns) % heads
         batch = tile // columns // heads
@@ -222,18 +240,10 @@ def gradients_of_half(
         # The memory of dq's last tile serves both results on their way out.
         TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([1, 1, 64, DIM], DTYPE)
         way = dq_tiles.index(OWN)._reinterpret(DTYPE, [1, 1, 64, DIM], TILE)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        way._reinterpret(DTYPE, [64, DIM], FLAT).store(dv.to(DTYPE))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dv_desc, [batch, head, column * N + OWN * 64, 0], way)
-        tma.store_wait(0)
-        gl.thread_barrier()
-        way._reinterpret(DTYPE, [64, DIM], FLAT).store((dk * scale).to(DTYPE))
-        fence_async_shared()
-        gl.thread_barrier()
-        tma.async_copy_shared_to_global(dk_desc, [batch, head, column * N + OWN * 64, 0], way)
+        place = [batch, head, column * N + OWN * 64, 0]
+        send(dv.to(DTYPE), way, dv_desc, place, False)
+        send((dk * scale).to(DTYPE), way, dk_desc, place, False)
+        turn += 1  # noqa: SIM113 - a kernel has no enumerate
     tma.store_wait(0)
 
 
@@ -243,7 +253,10 @@ def gradients(
     tiles, columns, heads, shared, lines, most, apart_b, apart_h, scale, factor, cap,
     N: gl.constexpr, DIM: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `backward.column_gradients`, for blocks of 128 by 128 in 16 bits. Grid: at most a program a multiprocessor."""
+    """As `backward.column_gradients`, for blocks of 128 by 128 in 16 bits.
+
+    Grid: any number of programs, at most tiles.
+    """
     DTYPE: gl.constexpr = dk_desc.dtype
     q_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 64, DIM], q_desc.layout)
     dout_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, 64, DIM], q_desc.layout)
@@ -318,7 +331,7 @@ def backward(
         described(q, 64, D), described(k, 128, D), described(v, 128, D), described(dout, 64, D), described(rows, 128),
         described(sums, 64, D // 2), described(dk, 64, D), described(dv, 64, D),
     ]  # fmt: skip
-    gradients[(programs(q, count),)](
+    gradients[(count,)](
         *arguments, *lists(turned), count, columns, Hk, shared, columns, most, *apart,
         scale, scale * LOG2E.value, cap, N=128, DIM=D, GROUP=H // Hk, STAGES=2, num_warps=4,
     )  # fmt: skip
