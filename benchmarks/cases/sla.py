@@ -50,7 +50,7 @@ def run(
         "tokens": tokens, "heads": heads, "width": width, "percent": percent, "block": [rows, block],
         "repeats": repeats, "steps": steps, "dtype": str(dtype),
     }  # fmt: skip
-    call = {"critical": percent / 100, "size": (rows, block)}
+    call = {"critical": percent / 100, "rows": rows, "keys": block}
     errors = {s: errors_of(s, check, width, call, device, dtype) for s in semantics()} if check else {}
     given = drawn(heads, tokens, width, device, dtype)
     sides: dict[str, Callable[..., Tensor]] = {

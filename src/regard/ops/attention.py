@@ -29,6 +29,7 @@ __all__ = ["attend", "choose", "merge"]
 
 Part = tuple[Tensor, Tensor]
 BACKENDS = ("auto", "reference", "sdpa", "block", "decode")
+RUNS = {"block": blocks.run, "decode": decoding.run}
 
 
 class Verdict(NamedTuple):
@@ -145,10 +146,8 @@ def attend(
     if backend == "reference" or 0 in (*q.shape, k.shape[2]):
         mask = visible(pattern, *_positions(q, k, pattern, q_positions, k_positions))
         out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
-    elif name == "decode":
-        out, lse = decoding.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
-    elif name == "block":
-        out, lse = blocks.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
+    elif name in RUNS:
+        out, lse = RUNS[name](q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
     else:
         out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
     if empty == "raise":

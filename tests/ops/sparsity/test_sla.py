@@ -3,10 +3,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from regard.core.errors import RegardError
+from regard.ops.routing import spread
 from regard.ops.sparsity import sla
-from regard.primitives.routing import spread
 
-ROUGH = {"critical": 0.3, "negligible": 0.3, "size": (8, 4)}
+ROUGH = {"critical": 0.3, "negligible": 0.3, "rows": 8, "keys": 4}
 
 
 def made(B=1, H=2, Hk=1, N=37, S=43, D=6, Dv=5, seed=0, dtype=torch.float64):
@@ -78,7 +78,7 @@ def test_block_lists_show_critical_blocks():
 
 def test_all_critical_is_full_attention():
     q, k, v, weight, bias = made(H=1)
-    found = sla.attend(q, k, v, weight, bias, critical=1.0, negligible=0.0, size=(8, 4))
+    found = sla.attend(q, k, v, weight, bias, critical=1.0, negligible=0.0, rows=8, keys=4)
     full = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     # Nothing is left for the linear part, whose projection still adds its bias.
     torch.testing.assert_close(found, full + bias, atol=1e-12, rtol=1e-12)
@@ -156,7 +156,7 @@ def test_work():
         ({"semantics": "papers"}, "semantics"),
         ({"features": "gelu"}, "features"),
         ({"backend": "flash"}, "backend"),
-        ({"size": (0, 4)}, "at least one token"),
+        ({"rows": 0}, "at least one token"),
     ],
 )
 def test_bad_input(changed, message):

@@ -12,9 +12,8 @@ from regard.core.card import Card, Option
 from regard.core.errors import RegardError, choose
 from regard.core.shapes import group_size
 from regard.kernels import device
-from regard.ops.attention import attend as exactly
+from regard.ops.routing import Routing, pooled, spread
 from regard.primitives.reference import reference
-from regard.primitives.routing import Routing, pooled, spread
 
 CARD = Card(
     title="SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention",
@@ -37,6 +36,9 @@ CARD = Card(
     options={
         "critical": Option(kind="float", default=0.05, low=0.0, high=1.0, doc="share of key blocks read exactly"),
         "negligible": Option(kind="float", default=0.1, low=0.0, high=1.0, doc="share left out (semantics 'paper')"),
+        "rows": Option(default=64, low=1, doc="tokens of a block of queries (the paper: 64 or 128)"),
+        "keys": Option(default=64, low=1, doc="tokens of a block of keys"),
+        "scale": Option(kind="float", default=None, optional=True, doc="of the exact scores; none: D ** -0.5"),
         "semantics": Option(
             kind="str",
             default="paper",
@@ -65,7 +67,8 @@ def attend(
     *,
     critical: float = 0.05,
     negligible: float = 0.1,
-    size: tuple[int, int] = (64, 64),
+    rows: int = 64,
+    keys: int = 64,
     semantics: str = "paper",
     features: str = "softmax",
     scale: float | None = None,
@@ -81,7 +84,8 @@ def attend(
         bias: `b [Dv]`, or None.
         critical: share of a query block's key blocks that are read exactly, rounded down.
         negligible: share that is left out, rounded down (semantics "paper" only).
-        size: tokens of a block of queries and of a block of keys.
+        rows: tokens of a block of queries.
+        keys: tokens of a block of keys.
         semantics: "paper", "rest" or "all" (see the card).
         features: of queries and keys in the linear part: "softmax" (over channels), "elu" (plus 1) or "relu".
         scale: of the exact scores; None: `D ** -0.5`.
@@ -95,6 +99,7 @@ def attend(
 
     Source: SLA (2509.24006), section 4; thu-ml/SLA for "rest" and "all".
     """
+    size = (rows, keys)
     _check(q, k, v, weight, bias, size)
     if semantics not in CARD.options["semantics"].choices:
         choose("semantics", semantics, CARD.options["semantics"].choices)
@@ -152,7 +157,7 @@ def sparse(
         return kernel.attend(q, k, v, routing.listed(size, (q.shape[2], k.shape[2])), scale=scale)[0]
     if backend == "block":
         raise RegardError(f"backend 'block' refuses: {why}. Use backend='gather' or 'auto'")
-    return routing.gathered(q, k, v, exactly, size=size, scale=scale)
+    return routing.gathered(q, k, v, size=size, scale=scale)
 
 
 def linear(

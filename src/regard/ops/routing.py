@@ -1,6 +1,5 @@
 """Blocks of keys chosen for blocks of queries by content: tables, lists for kernels, and a form for any device."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -8,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard.core.shapes import group_size
+from regard.ops.attention import attend
 from regard.primitives.block_list import BlockList
-
-Attend = Callable[..., tuple[Tensor, Tensor]]
 
 
 class Routing(NamedTuple):
@@ -41,13 +39,8 @@ class Routing(NamedTuple):
         part = cut.int() - 1  # 0, the one row of bounds, or -1: whole
         return BlockList(size, *shape, count - cut.sum(-1).int(), count, index.int(), part, bounds, bits)
 
-    def gathered(
-        self, q: Tensor, k: Tensor, v: Tensor, attend: Attend, *, size: tuple[int, int], scale: float
-    ) -> Tensor:
-        """Softmax attention over the chosen blocks by gathering each query block's keys: a batch of short attentions.
-
-        `attend` is called as `regard.attend`; it is given here because primitives lie below `ops`.
-        """
+    def gathered(self, q: Tensor, k: Tensor, v: Tensor, *, size: tuple[int, int], scale: float) -> Tensor:
+        """Softmax attention over the chosen blocks, gathered for each block of queries: a batch of short attentions."""
         B, H, Mb, _ = self.chosen.shape
         group, tokens = group_size(q, k), k.shape[2]
         slots = (self.chosen[..., None] * size[1] + torch.arange(size[1], device=q.device)).flatten(3)
