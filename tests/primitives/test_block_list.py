@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Where
+from regard.core.rules import Causal, Either, Phased
 from regard.ops.masks import s2
 from regard.primitives import block_list as module
 from regard.primitives.block_list import BlockList, build
@@ -126,6 +127,14 @@ def test_positions_of_rows_of_a_batch_and_of_heads(pattern, length, size, data):
     check(build(pattern, q, k, size, device=DEVICE), pattern.allow(q, k))
 
 
+@pytest.mark.parametrize("shift", [1, 31, 32, 63])
+def test_a_rule_that_settles_a_block_is_told_from_one_that_leaves_it_open(shift):
+    """Blocks agree in one part of the rule and differ in the other, where blocks of rows and keys are `shift` apart."""
+    rule = Either(Causal(), Phased(16, 4, (1,)))
+    pattern = Pattern((rule,), cut=False)
+    check(build(pattern, 400, 400 + shift, (64, 64)), pattern.to_dense(400, 400 + shift)[None])
+
+
 def test_equal_heads_share_a_list_and_equal_cuts_a_row():
     window = Pattern.window(300) | Pattern.sink(10)
     blocks = build(Pattern.stack_heads([window] * 4), 4096, 4096, (64, 64), heads=8)
@@ -208,6 +217,7 @@ def ranges(*pair):
     [
         (lambda: build(Pattern.causal(), 8, 8, (48, 64)), r"64, 128 keys, got \(48, 64\)"),
         (lambda: build(Pattern.causal(), 8, 8, (64, 16)), r"got \(64, 16\)"),
+        (lambda: build(Pattern.causal(), 0, 8, (64, 64)), "got 0 rows and 8 keys"),
         (lambda: build(TWO, 8, 8, (64, 64), heads=3), "2 heads .* 3 heads"),
         (lambda: build(Pattern.causal(), 8, torch.arange(8)[None], (64, 64)), "two tensors or as two numbers"),
         (lambda: build(Pattern.causal(), torch.arange(8), torch.arange(8)[None], (64, 64)), r"\[8\]"),

@@ -167,7 +167,8 @@ class Pattern:
 
         Args:
             fn: must work on scalar tensors too, where `to_block_mask` is to work. It must go on giving the same
-                answers: block lists are kept, and made anew only where a tensor that `fn` closes over was written to.
+                answers: block lists are kept, and made anew only where a tensor that `fn` closes over, or has as an
+                attribute, was written to.
             heads: number of KV heads where `fn` uses `head` (a 0-d tensor); None: it is told head 0.
             reach: the author's promise, one for all heads or one a head; None: for ever.
             causal: False: two-sided.

@@ -46,8 +46,8 @@ class Rule:
         """Blocks of consecutive positions whose numbers agree, and their sizes, are cut alike."""
         at = (q_low, q_high, k_low, k_high)
         some, every = self.cover(*at)
-        open_ = some & ~every
-        return every.long(), *(torch.where(open_, number, -1) for number in self.origin(*at))
+        state = torch.where(every, 2, some.long())
+        return state, *(torch.where(state == 1, number, 0) for number in self.origin(*at))
 
     def tensors(self) -> Numbers:
         """What it reads besides positions: where these change, so does the rule."""
@@ -223,7 +223,8 @@ class Predicate(Rule):
 
     def tensors(self) -> Numbers:
         cells = getattr(self.fn, "__closure__", None) or ()
-        return tuple(cell.cell_contents for cell in cells if isinstance(cell.cell_contents, Tensor))
+        held = (*(cell.cell_contents for cell in cells), *getattr(self.fn, "__dict__", {}).values())
+        return tuple(value for value in held if isinstance(value, Tensor))
 
     def __repr__(self) -> str:
         return f"predicate {getattr(self.fn, '__name__', type(self.fn).__name__)}"

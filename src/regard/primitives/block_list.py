@@ -239,6 +239,8 @@ def build(
     """
     size = check_size(size)
     if isinstance(q_pos, int) and isinstance(k_pos, int):
+        if q_pos < 1 or k_pos < 1:
+            raise RegardError(f"a block list has 1 row and 1 key at least, got {q_pos} rows and {k_pos} keys")
         device = device if isinstance(device, torch.device) else torch.device(device or "cpu")
         versions = pattern.versions()
         make = _kept if None not in versions else _kept.__wrapped__
@@ -308,9 +310,9 @@ def _build(pattern: Pattern, q_pos: Tensor, k_pos: Tensor, size: tuple[int, int]
     rows = _side(q_pos.long(), size[0], True)
     spread = k_pos.dim() == 3 and k_pos.shape[1] > 1
     keys = [_side(k.long(), size[1], False) for k in (k_pos.unbind(1) if k_pos.dim() == 3 else [k_pos])]
-    every = pattern.relations() * (lists if pattern.heads is None else 1)
+    rules = pattern.relations() * (lists if pattern.heads is None else 1)
     places: dict[tuple[Rule, int], int] = {}
-    of = [places.setdefault((rule, h if spread else 0), len(places)) for h, rule in enumerate(every)]
+    of = [places.setdefault((rule, h if spread else 0), len(places)) for h, rule in enumerate(rules)]
     found = [_search(rule, rows, keys[h]) for rule, h in places]
     parts, bounds, bits = joined([cut for _, cut in found])
     batch, blocks = max(len(q_pos), len(k_pos)), rows.low.shape[1]
@@ -360,8 +362,8 @@ def _search(rule: Rule, rows: Side, keys: Side) -> tuple[tuple[Tensor, Tensor, T
     part, bounds, bits = cuts(masks, len(first), size, b.device)
     part = part[alike]
     kept = part != EMPTY
-    at = torch.cat((whole, open_[kept])).unbind(1)
-    return at, (torch.cat((torch.full_like(whole[:, 0], WHOLE), part[kept])), bounds, bits)  # type: ignore[return-value]
+    b, r, c = torch.cat((whole, open_[kept])).unbind(1)
+    return (b, r, c), (torch.cat((torch.full_like(whole[:, 0], WHOLE), part[kept])), bounds, bits)
 
 
 def _settled(rule: Rule, rows: Side, keys: Side) -> tuple[Tensor, Tensor]:
