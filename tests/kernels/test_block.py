@@ -11,9 +11,10 @@ from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.kernels import device
 from regard.kernels.attention import block
+from regard.kernels.attention.arguments import lists
 from regard.ops import blocks as ops
 from regard.ops.attention import attend, choose
-from regard.primitives.block_list import build
+from regard.primitives.block_list import BlockList, build
 from regard.primitives.reference import reference
 from running import DEVICE, FLOATS, close, drawn, filled_with_nan
 
@@ -176,6 +177,18 @@ def test_what_does_not_belong_together_is_refused():
     stacked = build(Pattern.stack_heads([Pattern.window(n) for n in (1, 2, 3)]), at, at, (16, 32))
     with pytest.raises(RegardError, match="3 heads"):
         block.attend(q[:, :2], k, k, stacked, scale=1.0)
+
+
+def test_kernels_know_without_a_look_whether_bits_are_needed():
+    at = torch.arange(300)[None]
+    needed = [build(p, at, at, (64, 64)) for p in (Pattern.window(99), Pattern.predicate(odd))]
+    assert [lists(blocks)[-1] is None for blocks in needed] == [True, False]
+    table = torch.ones(1, 1, 5, 5, dtype=torch.bool)
+    assert lists(BlockList.from_table(table, (64, 64), 300, 300))[-1] is None
+
+
+def odd(q, k, head):
+    return (q + k) % 2 == 1
 
 
 @pytest.fixture

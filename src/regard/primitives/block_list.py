@@ -49,7 +49,8 @@ class BlockList:
         index: `[.., Mb, n]` int32, blocks of keys, ascending among whole and among cut ones; 0 beyond `count`.
         part: `[.., Mb, n]` int32: -1 whole; `p >= 0`: cut as row p of `bounds` says; `-2 - p`: as row p of `bits`.
         bounds: `[P, M, 2]` int16: row i of the block sees its keys `lo <= j < hi` (0, 0 where it sees none).
-        bits: `[P, M, N / 32]` int32: bit `j % 32` of word `j // 32` says whether row i sees key j.
+        bits: `[P, M, N / 32]` int32: bit `j % 32` of word `j // 32` says whether row i sees key j; P is 0 where no
+            block needs bits.
         by_key: whether `full`, `count`, `index` and `part` go by block of keys (`[.., Nb, n]`, `index` naming blocks of
             rows) instead; `bounds` and `bits` go by row always.
     """
@@ -152,7 +153,7 @@ class BlockList:
         full = count - table[..., -1].int() * bool(short)
         bounds = torch.zeros(1, size[0], 2, dtype=torch.int16, device=table.device)
         bounds[..., 1] = short
-        bits = torch.zeros(1, size[0], size[1] // 32, dtype=torch.int32, device=table.device)
+        bits = torch.zeros(0, size[0], size[1] // 32, dtype=torch.int32, device=table.device)
         part = torch.where(cut, 0, WHOLE).int()
         return BlockList(size, rows, keys, full, count, index.where(index < blocks[1], 0), part, bounds, bits)
 

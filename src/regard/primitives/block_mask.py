@@ -59,11 +59,13 @@ def written(blocks: BlockList, heads: int | None) -> BlockMask:
     table = torch.full((batch, lists, row_blocks, key_blocks), EMPTY, device=part.device)
     table[lead // lists, lead % lists, row, column] = part
 
+    bits = blocks.bits if len(blocks.bits) else blocks.bits.new_zeros(1, *blocks.bits.shape[1:])
+
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         own = table[b if batch > 1 else 0, h // group if lists > 1 else 0, q_idx // M, kv_idx // N]
         i, j = q_idx % M, kv_idx % N
         bounds = blocks.bounds[own.clamp(min=0), i]
-        word = blocks.bits[(-2 - own).clamp(0, len(blocks.bits) - 1), i, j // 32]
+        word = bits[(-2 - own).clamp(0, len(bits) - 1), i, j // 32]
         bit = ((word >> (j % 32)) & 1).bool()
         inside = (bounds[..., 0] <= j) & (j < bounds[..., 1])
         return (own == WHOLE) | torch.where(own >= 0, inside, (own != EMPTY) & bit)

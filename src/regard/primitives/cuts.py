@@ -69,14 +69,15 @@ def _shifted(part: Tensor, bounds: int, bits: int) -> Tensor:
 
 
 def joined(found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Parts over tables of their own as parts over one `bounds` and one `bits`, which have a row at least."""
+    """Parts over tables of their own as parts over one `bounds`, which has a row at least, and one `bits`."""
     bounds, bits = torch.cat([b for _, b, _ in found]), torch.cat([b for _, _, b in found])
     parts, before, words = [], 0, 0
     for part, b, w in found:
         parts.append(_shifted(part, before, words))
         before, words = before + len(b), words + len(w)
     part, bounds, bits = once(torch.cat(parts), bounds, bits)
-    bounds, bits = (t if len(t) else t.new_zeros(1, *t.shape[1:]) for t in (bounds, bits))
+    # No row of bits says to a kernel, without a look at the device, that no block needs them.
+    bounds = bounds if len(bounds) else bounds.new_zeros(1, *bounds.shape[1:])
     return list(part.split([len(p) for p in parts])), bounds, bits
 
 
