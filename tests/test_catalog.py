@@ -82,23 +82,40 @@ def test_one_stem_at_two_sites_must_be_told_apart(tmp_path):
     assert catalog.find("cache/toy", tmp_path).site == "cache"
 
 
-def test_what_replaces_the_product_cannot_be_attached():
-    assert not catalog.find("kda").attachable
-    assert catalog.find("duo").attachable
-    assert set(catalog.entries()) - set(catalog.attachable()) == {
-        name for name, entry in catalog.entries().items() if entry.site == "states"
-    }
-    catalog.find("duo").refuse_unattachable()
-    with pytest.raises(RegardError, match=r"'kda' replaces the product .*`regard train`"):
-        catalog.find("kda").refuse_unattachable()
+def test_what_is_called_cannot_be_attached():
+    called = {name for name, entry in catalog.entries().items() if set(entry.verbs) & set(catalog.CALLED)}
+    assert set(catalog.entries()) - set(catalog.attachable()) == called
+    assert {"kda", "fusemax", "neighbourhood"} < called
+    for name in ("duo", "s2"):
+        assert name not in called
+        catalog.find(name).refuse_unattachable()
 
 
-def test_what_replaces_the_product_is_trained_where_it_has_a_layer_and_called_elsewhere():
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("kda", r"'kda' replaces the product .* trained for softmax; train a model with it \(`regard train`\)"),
+        ("lla", r"'lla' replaces the product .*; call `regard.ops.states.lla.scan`"),
+        ("neighbourhood", r"needs a grid or the types .*; call `regard.ops.masks.neighbourhood.pattern`"),
+        ("fusemax", r"is a whole attention of its own.*; call `regard.ops.schedules.fusemax.attend`"),
+    ],
+)
+def test_what_is_called_is_refused_by_its_verb(name, words):
+    with pytest.raises(RegardError, match=words):
+        catalog.find(name).refuse_unattachable()
+
+
+def test_what_is_not_attached_is_trained_where_it_has_a_layer_and_called_elsewhere():
     for entry in catalog.entries().values():
         layer = "training" if entry.stem in mixers.names() else "calling"
         assert entry.used_by == ("attaching" if entry.attachable else layer)
-    with pytest.raises(RegardError, match=r"call it \(regard.ops.states.lla\)"):
-        catalog.find("lla").refuse_unattachable()
+
+
+def test_a_file_is_called_by_its_verb_and_not_by_its_site(tmp_path):
+    path = plant(tmp_path, "masks", "toy")
+    path.write_text(path.read_text().replace("def allow(where", "def pattern(grid"))
+    entry = catalog.find("toy", tmp_path)
+    assert (entry.verbs, entry.attachable, entry.used_by) == (("pattern",), False, "calling")
 
 
 def test_unknown_stem_names_the_nearest(entry, tmp_path):

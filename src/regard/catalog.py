@@ -21,7 +21,7 @@ from regard.core.errors import RegardError, choose
 
 # Site -> the verbs a file there may define (docs/design.md, "Mechanism file").
 VERBS = {
-    "masks": ("allow",),
+    "masks": ("allow", "pattern", "attend"),
     "cache": ("keep", "encode"),
     "qkv": ("prepare",),
     "sparsity": ("select",),
@@ -33,9 +33,14 @@ VERBS = {
     "logits": ("contrast",),
     "parameters": ("edit",),
     "states": ("scan",),
+    "schedules": ("attend",),
 }
-# Sites whose mechanisms replace the product of queries, keys and values: weights trained for it are no use to them.
-REPLACING = ("states",)
+# Verbs that a user calls and that are not bound to a layer -> why a recipe cannot place a mechanism that has one.
+CALLED = {
+    "scan": "replaces the product of queries, keys and values, so it cannot be attached to weights trained for softmax",
+    "pattern": "needs a grid or the types of the tokens, which no recipe knows, so it cannot be attached",
+    "attend": "is a whole attention of its own, so it cannot be attached",
+}
 
 OPS = Path(__file__).parent / "ops"
 LAYERS = Path(__file__).parent / "layers"
@@ -61,7 +66,7 @@ class Entry:
     @property
     def attachable(self) -> bool:
         """Whether a recipe can give it to a pretrained model."""
-        return self.site not in REPLACING
+        return not CALLED.keys() & set(self.verbs)
 
     @property
     def used_by(self) -> str:
@@ -70,19 +75,22 @@ class Entry:
             return "attaching"
         return "training" if (LAYERS / self.site / f"{self.stem}.py").is_file() else "calling"
 
+    @property
+    def call(self) -> str:
+        """The dotted name of the function that one calls where it is not attached."""
+        return f"{self.module}.{self.verbs[-1]}"
+
     def refuse_unattachable(self) -> None:
         """Raise unless a recipe can place it.
 
         Raises:
-            RegardError: it replaces the product itself.
+            RegardError: it has a verb that is called.
         """
         if self.attachable:
             return
-        other = "train a model with it (`regard train`)" if self.used_by == "training" else f"call it ({self.module})"
-        raise RegardError(
-            f"{self.stem!r} replaces the product of queries, keys and values, so it cannot be attached to weights "
-            f"trained for softmax; {other}, or attach another (`regard list`)"
-        )
+        other = "train a model with it (`regard train`)" if self.used_by == "training" else f"call `{self.call}`"
+        why = next(CALLED[verb] for verb in self.verbs if verb in CALLED)
+        raise RegardError(f"{self.stem!r} {why}; {other}, or attach another (`regard list`)")
 
 
 def entries(*roots: Path) -> dict[str, Entry]:

@@ -7,8 +7,10 @@ import regard
 from contracts.decoding import at_once, prompts
 from contracts.snapshot import snapshot
 from families import tiny
-from regard import Recipe, RegardError, place
+from regard import Pattern, Recipe, RegardError, attend, place
 from regard.core.placement import Placement
+from regard.ops.masks import streaming as mechanism
+from regard.primitives import stores
 
 GATES = torch.rand(3, 2)
 
@@ -64,6 +66,22 @@ def test_what_cannot_be_attached_is_refused_and_nothing_has_changed(name):
         with pytest.raises(RegardError, match=message):
             (recipe if isinstance(recipe, Recipe) else Recipe(recipe)).check(model)
     assert snapshot(model) == before
+
+
+def test_a_two_sided_pattern_is_refused(monkeypatch):
+    """By attach, by the recipe and by the stores, which all need to know what later queries still need."""
+    both = Pattern.prefix(3)
+    monkeypatch.setattr(mechanism, "allow", lambda where, **options: both)
+    model = tiny("llama")
+    before = snapshot(model)
+    message = r"'streaming' makes pattern causal \| sink 3 \(two-sided\), which .* cut at p_k <= p_q"
+    with pytest.raises(RegardError, match=message):
+        regard.attach(model, [streaming()])
+    with pytest.raises(RegardError, match=message):
+        Recipe([streaming()]).check(model)
+    assert snapshot(model) == before
+    with pytest.raises(RegardError, match=r"causal \| sink 3 .* later positions"):
+        stores.build(both, [None] * 2, [None] * 2, 2, attend)
 
 
 def test_bad_input_beside_an_attached_model_leaves_that_one_attached():

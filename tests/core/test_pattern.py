@@ -16,10 +16,15 @@ def brute(allowed, queries, keys):
     return torch.tensor([[0 <= k <= q and bool(allowed(q, k)) for k in keys] for q in queries])
 
 
+def brute_two_sided(allowed, queries, keys):
+    return torch.tensor([[q >= 0 and k >= 0 and bool(allowed(q, k)) for k in keys] for q in queries])
+
+
 def odd(q, k, head):
     return (q + k) % (head + 2) == 0
 
 
+IDS = torch.tensor([0, 0, 0, 1, 1, 5, 5, 5, 5, 2, 2, 0])
 TABLE = torch.rand(2, 4, 4, generator=torch.Generator().manual_seed(0)) > 0.5
 MASK = torch.rand(LENGTH, LENGTH, generator=torch.Generator().manual_seed(1)) > 0.5
 INDEX = torch.randint(-1, LENGTH, (LENGTH, 5), generator=torch.Generator().manual_seed(2))
@@ -38,6 +43,36 @@ LEAVES = [
     (Pattern.blocks(TABLE[0], 3), lambda q, k: q < 12 and k < 12 and TABLE[0, q // 3, k // 3]),
     (Pattern.dense(MASK), lambda q, k: MASK[q, k]),
     (Pattern.indices(INDEX), lambda q, k: k in INDEX[q].tolist()),
+    (Pattern.phases(2, 3, [0, 2]), lambda q, k: k // 2 % 3 in (0, 2)),
+    (Pattern.window(2, block=3), lambda q, k: q // 3 - k // 3 < 2),
+    (Pattern.dilated(3, 2), lambda q, k: q - k in (0, 2, 4)),
+    (Pattern.document(IDS), lambda q, k: q < 12 and k < 12 and IDS[q] == IDS[k]),
+]
+
+
+def near(q, k, head):
+    return (q - k).abs() < 3
+
+
+TWO_SIDED = [
+    (Pattern.full(), lambda q, k: True),
+    (Pattern.prefix(4), lambda q, k: k <= q or k < 4),
+    (Pattern.predicate(near, causal=False), lambda q, k: abs(q - k) < 3),
+    (
+        Pattern.predicate(
+            near,
+            causal=False,
+            cover=lambda q_low, q_high, k_low, k_high: (
+                (q_low - k_high < 3) & (k_low - q_high < 3),
+                (q_high - k_low < 3) & (k_high - q_low < 3),
+            ),
+        ),
+        lambda q, k: abs(q - k) < 3,
+    ),
+    (Pattern.blocks(TABLE[1], 3, causal=False), lambda q, k: q < 12 and k < 12 and TABLE[1, q // 3, k // 3]),
+    (Pattern.dense(MASK, causal=False), lambda q, k: MASK[q, k]),
+    (Pattern.indices(INDEX, causal=False), lambda q, k: k in INDEX[q].tolist()),
+    (Pattern.document(IDS, causal=False), lambda q, k: q < 12 and k < 12 and IDS[q] == IDS[k]),
 ]
 
 
@@ -56,6 +91,102 @@ def compositions(draw, depth=3):
     return p | r, lambda q, k: f(q, k) or g(q, k)
 
 
+@st.composite
+def mixtures(draw, depth=3):
+    """A random composition of cut and two-sided patterns, and the same as a plain function that says all."""
+    if depth == 0 or draw(st.booleans()):
+        p, f = draw(st.sampled_from(LEAVES + TWO_SIDED))
+        return p, (lambda q, k: k <= q and f(q, k)) if p.cut else f
+    kind = draw(st.sampled_from(["and", "or", "not"]))
+    p, f = draw(mixtures(depth=depth - 1))
+    if kind == "not":
+        return ~p, (lambda q, k: k <= q and not f(q, k)) if p.cut else (lambda q, k: not f(q, k))
+    r, g = draw(mixtures(depth=depth - 1))
+    if kind == "and":
+        return p & r, lambda q, k: f(q, k) and g(q, k)
+    return p | r, lambda q, k: f(q, k) or g(q, k)
+
+
+@settings(max_examples=300, deadline=None)
+@given(mixtures(), st.integers(1, LENGTH))
+def test_two_sided_composition_is_plain_set_algebra(pair, rows):
+    pattern, allowed = pair
+    expected = brute_two_sided(allowed, range(LENGTH - rows, LENGTH), range(LENGTH))
+    assert torch.equal(pattern.to_dense(rows, LENGTH)[0], expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(mixtures(depth=2), min_size=1, max_size=3))
+def test_heads_of_both_kinds_stack(pairs):
+    stack = Pattern.stack_heads([pattern for pattern, _ in pairs])
+    assert stack.cut == all(pattern.cut for pattern, _ in pairs)
+    dense = stack.to_dense(LENGTH)
+    for h, (pattern, allowed) in enumerate(pairs):
+        assert torch.equal(dense[h], brute_two_sided(allowed, range(LENGTH), range(LENGTH)))
+        assert torch.equal(stack.head(h).to_dense(LENGTH)[0], dense[h])
+        assert stack.head(h).cut or not pattern.cut
+
+
+@settings(max_examples=300, deadline=None)
+@given(mixtures(), *[st.integers(0, LENGTH - 1)] * 4)
+def test_cover_is_sound(pair, a, b, c, d):
+    """What a rule says of ranges holds for every pair in them."""
+    pattern, allowed = pair
+    ranges = [torch.tensor([x]) for x in (*sorted((a, b)), *sorted((c, d)))]
+    some, every = pattern.relations()[0].cover(*ranges)
+    q_low, q_high, k_low, k_high = map(int, ranges)
+    seen = brute_two_sided(allowed, range(q_low, q_high + 1), range(k_low, k_high + 1))
+    assert some or not seen.any()
+    assert seen.all() or not every
+
+
+EXACT = [
+    Pattern.full(),
+    Pattern.causal(),
+    Pattern.window(50),
+    Pattern.window(2, block=30),
+    Pattern.sink(70),
+    Pattern.phases(20, 4, [0, 2]),
+    Pattern.blocks(TABLE[0], 64),
+    Pattern.blocks(TABLE[0].repeat(4, 4), 16),
+    Pattern.document(torch.arange(250) // 40),
+]
+
+
+@pytest.mark.parametrize("pattern", EXACT, ids=repr)
+def test_cover_settles_all_that_can_be_settled(pattern):
+    rule, at = pattern.rules[0], torch.arange(256)
+    tiles = rule(at[:, None], at[None]).expand(256, 256).reshape(4, 64, 4, 64).transpose(1, 2).flatten(2)
+    low = torch.arange(0, 256, 64)
+    some, every = rule.cover(low[:, None], low[:, None] + 63, low, low + 63)
+    assert torch.equal(some.expand(4, 4), tiles.any(-1))
+    assert torch.equal(every.expand(4, 4), tiles.all(-1))
+
+
+def test_two_sided_patterns_know_what_they_are():
+    full, window = Pattern.full(), Pattern.window(3)
+    assert full.is_full
+    assert not full.is_causal
+    assert full & Pattern.causal() == Pattern.causal()
+    assert full & window == window
+    assert window | full == full
+    assert ~full | window == window
+    assert ~~Pattern.prefix(4) == Pattern.prefix(4)
+    assert Pattern.prefix(0) == Pattern.causal()
+    assert (Pattern.prefix(4) & Pattern.causal()).is_causal
+    mixed = Pattern.stack_heads([window, full])
+    assert mixed.head(0) == window
+    assert mixed.head(1) == full
+    assert mixed.select_heads([0, 0]) == Pattern.stack_heads([window, window])
+    assert repr(full) == "full"
+    assert repr(Pattern.prefix(4)) == "causal | sink 4 (two-sided)"
+    assert repr(mixed) == "head 0: window 3 & causal; head 1: full (two-sided)"
+    assert full.density(10) == 1
+    assert Pattern.prefix(4).density(10) == pytest.approx((55 + 6) / 100)
+    with pytest.raises(RegardError, match=r"prefix|causal \| sink 4"):
+        Pattern.prefix(4).reach()
+
+
 @settings(max_examples=150, deadline=None)
 @given(compositions(), st.integers(1, LENGTH))
 def test_composition_is_set_algebra_inside_the_causal_cut(pair, rows):
@@ -72,7 +203,7 @@ def test_evicting_what_reach_gives_up_changes_no_later_row(pair):
     seen = pattern.to_dense(LENGTH)[0]
     for q in range(LENGTH):
         for k in range(q + 1):
-            held = reach.recent is None or k < reach.sink or q - k < reach.recent
+            held = reach.needs(torch.tensor(q), torch.tensor(k))
             assert held or not seen[q, k], (pattern, q, k)
 
 
@@ -174,7 +305,7 @@ def test_equality_groups_heads_and_repr_explains():
     assert not heads.is_causal
 
 
-@pytest.mark.parametrize("pair", LEAVES, ids=lambda pair: repr(pair[0]))
+@pytest.mark.parametrize("pair", LEAVES + TWO_SIDED, ids=lambda pair: repr(pair[0]))
 def test_block_mask_is_the_same_relation(pair):
     pattern = Pattern.stack_heads([pair[0], ~pair[0]])
     mask = pattern.to_block_mask(LENGTH - 3, LENGTH, heads=4, block_size=4)
@@ -190,6 +321,13 @@ def test_block_mask_is_the_same_relation(pair):
     ("build", "message"),
     [
         (lambda: Pattern.window(0), "window .* got 0"),
+        (lambda: Pattern.window(2, block=0), "blocks .* got 0"),
+        (lambda: Pattern.dilated(2, 0), "stride .* got 0"),
+        (lambda: Pattern.prefix(-1), "sink .* got -1"),
+        (lambda: Pattern.document(INDEX), r"documents .* \[13, 5\]"),
+        (lambda: Pattern.document(IDS.float()), "documents must be integers, got torch.float32"),
+        (lambda: Pattern.predicate(odd, reach=Reach(0, 1), causal=False), "two-sided predicate"),
+        (lambda: Pattern.full().reach(), "full .* later positions"),
         (lambda: Pattern.sink(-1), "sink .* got -1"),
         (lambda: Pattern.blocks(TABLE, 0), "size 0"),
         (lambda: Pattern.blocks(TABLE.float(), 2), "float32"),

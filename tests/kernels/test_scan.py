@@ -136,7 +136,7 @@ def test_packed_sequences_are_separate():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("delta", [False, True])
 def test_sixteen_bits(kind, dtype, delta):
-    given = made(kind, delta)
+    given = made(kind, delta, D=32)
     if kind == "channel" and dtype == torch.float16:
         given["decay"] = given["decay"] / 8  # no more than float16 can split into shares: the fast path
     check(given, dtype)
@@ -144,14 +144,14 @@ def test_sixteen_bits(kind, dtype, delta):
 
 @pytest.mark.parametrize("kind", ["token", "channel"])
 def test_decays_of_sixteen_bits(kind):
-    check(made(kind, True), torch.bfloat16, gates=torch.bfloat16)
+    check(made(kind, True, D=32), torch.bfloat16, gates=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_wide_chunks(dtype):
     """Channels that forget everything within a chunk, next to others that forget nothing."""
-    given = made("channel", True, T=20)
-    given["decay"] = given["decay"] * torch.linspace(0, 40, 16, dtype=torch.float64)
+    given = made("channel", True, T=20, D=32)
+    given["decay"] = given["decay"] * torch.linspace(0, 40, 32, dtype=torch.float64)
     check(given, dtype)
 
 

@@ -26,6 +26,10 @@ PATTERNS = [
     DENSE,
     Pattern.stack_heads([LOCAL, Pattern.causal()]),
     Pattern.stack_heads([Pattern.window(2), Pattern.sink(3)]) | DENSE,
+    Pattern.prefix(9),
+    Pattern.dense(DENSE.rules[0].table, causal=False),
+    Pattern.stack_heads([LOCAL, Pattern.predicate(lambda q, k, h: (q - k).abs() < 6, causal=False)]),
+    Pattern.stack_heads([Pattern.causal(), Pattern.full()]),
 ]
 
 
@@ -138,12 +142,13 @@ def test_fused_kernels_equal_the_reference(T, S, pattern, placed, biased, block)
 
 
 @pytest.mark.parametrize("length", [6, 7, 8, 9])
-def test_a_pattern_is_causal_exactly_as_long_as_it_covers_all(length):
+@pytest.mark.parametrize("pattern", [LOCAL, Pattern.window(2, block=4), Pattern.sink(3) | Pattern.window(2, block=3)])
+def test_a_pattern_is_causal_exactly_as_long_as_it_covers_all(pattern, length):
     """`sink 2 | window 5` forgets its first key at length 8; up to 7 the plain causal kernel may run."""
     q, k, v = inputs(length, length)
-    agree(attend(q, k, v, pattern=LOCAL, backend="sdpa"), attend(q, k, v, pattern=LOCAL, backend="reference"))
+    agree(attend(q, k, v, pattern=pattern, backend="sdpa"), attend(q, k, v, pattern=pattern, backend="reference"))
     last = q[:, :, -1:]
-    agree(attend(last, k, v, pattern=LOCAL), attend(last, k, v, pattern=LOCAL, backend="reference"))
+    agree(attend(last, k, v, pattern=pattern), attend(last, k, v, pattern=pattern, backend="reference"))
 
 
 def test_full_attention_with_a_bias_in_blocks_sees_later_keys(monkeypatch):
@@ -238,11 +243,27 @@ def test_low_precision_errs_at_most_twice_as_much_as_plain_code(dtype, backend):
         assert (ours.double() - right).abs().max() <= budget, name
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(("T", "S"), [(5, 9), (9, 5), (1, 7)])
+def test_a_full_pattern_is_no_pattern(T, S, backend):
+    q, k, v = inputs(T, S)
+    padding = {"q_positions": torch.arange(T)[None] - 1, "k_positions": torch.arange(S)[None] - 2}
+    for placed in ({}, padding):
+        agree(
+            attend(q, k, v, pattern=Pattern.full(), backend=backend, **placed),
+            attend(q, k, v, causal=False, backend=backend, **placed),
+        )
+    assert torch.equal(
+        attend(q, k, v, pattern=Pattern.prefix(3), backend=backend)[0],
+        attend(q, k, v, pattern=Pattern.prefix(3), causal=False, backend=backend)[0],
+    )
+
+
 def test_flex_attention_agrees():
     from torch.nn.attention.flex_attention import flex_attention
 
     q, k, v = inputs(24, 40, dtype=torch.float32)
-    for pattern in [LOCAL, DENSE, PATTERNS[-1]]:
+    for pattern in [LOCAL, DENSE, *PATTERNS[-5:]]:
         mask = pattern.to_block_mask(24, 40, heads=4, block_size=8)
         theirs = flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
         mine, lse = attend(q, k, v, pattern=pattern)
@@ -345,7 +366,7 @@ def test_a_named_backend_refuses_with_its_reason_and_auto_says_why():
         ({"k": torch.zeros(2, 3, 6, 8), "v": torch.zeros(2, 3, 6, 8)}, "3 key heads do not divide 4"),
         ({"q": torch.zeros(4, 5, 8)}, r"\[4, 5, 8\]"),
         ({"pattern": Pattern.stack_heads([LOCAL] * 3)}, "3 heads for 2 key heads"),
-        ({"pattern": LOCAL, "causal": False}, "patterns are causal"),
+        ({"pattern": LOCAL, "causal": False}, "window 5 is cut at the query's own position"),
         ({"bias": torch.zeros(3, 6)}, r"\[3, 6\]"),
         ({"bias": torch.ones(5, 6, dtype=torch.bool)}, "bool"),
         ({"q_positions": torch.zeros(1, 4).long()}, r"q_positions must be \[1 or B, 5\]"),

@@ -104,7 +104,7 @@ def test_every_mechanism_has_a_card_a_verb_and_a_test(name):
 def test_card_agrees_with_the_file(name):
     """The card read from the text is the card of the module; options are the verbs' keywords; values are legal.
 
-    Every `scan` takes the keywords of `SCAN` besides.
+    Every `scan` takes the keywords of `SCAN` besides, and an `attend` may take a backend.
     """
     if name == "-":
         pytest.skip("no mechanisms yet")
@@ -114,7 +114,7 @@ def test_card_agrees_with_the_file(name):
     for verb in entry.verbs:
         code = getattr(module, verb).__code__
         keywords = set(code.co_varnames[code.co_argcount : code.co_argcount + code.co_kwonlyargcount])
-        shared = SCAN if verb == "scan" else set()
+        shared = SCAN if verb == "scan" else {"backend"} & keywords if verb == "attend" else set()
         assert keywords == set(entry.card.options) | shared, f"{verb} takes {keywords}"
     if entry.card.neutral is not None:
         catalog.check_options(entry, entry.card.neutral)

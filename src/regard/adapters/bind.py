@@ -165,6 +165,11 @@ class _Layer:
         for head in heads:
             if verb == "encode":
                 self.key_codec[head], self.value_codec[head] = made
+            elif not made.cut:
+                raise RegardError(
+                    f"{stem!r} makes pattern {made!r}, which lets queries see later positions; a model that generates "
+                    "takes patterns cut at p_k <= p_q"
+                )
             else:
                 self.patterns[head].append(made.head(head))
 

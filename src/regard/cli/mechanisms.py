@@ -81,7 +81,7 @@ def support(entry: catalog.Entry) -> dict[str, str | None] | None:
 def _families(entry: catalog.Entry) -> str:
     if entry.attachable:
         return families_text(support(entry))
-    use = "`regard train` makes models with it" if entry.used_by == "training" else f"call `{entry.module}.scan`"
+    use = "`regard train` makes models with it" if entry.used_by == "training" else f"call `{entry.call}`"
     return f"none: {use}"
 
 

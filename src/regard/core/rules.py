@@ -2,67 +2,24 @@
 
 A rule is called as `rule(q, k)`, elementwise for broadcastable index tensors of query and key positions, so the
 same code serves a whole mask and FlexAttention's scalar `mask_mod`. Rules need not be causal: `Pattern`
-cuts at `0 <= k <= q` once, after the whole tree. Rules that hold tensors are equal only to themselves.
+cuts at `0 <= k <= q` once, after the whole tree, unless it is two-sided. Rules that hold tensors (`tables.py`) are
+equal only to themselves.
 """
 
-# Every `__call__` below is documented once, in `Rule`.
+# Every `__call__`, `cover` and `origin` below is documented once, in `Rule`.
 # ruff: noqa: D102
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard.core.errors import RegardError
+from regard.core.reach import FOR_EVER, Phase, Reach, chosen_blocks
 
-
-class Reach(NamedTuple):
-    """When a key at position `p_k` is needed by a query at `p_q`: `p_k < sink`, `p_q - p_k < recent`, or in `phases`.
-
-    `recent` None: for ever. `sink` and `phases` are then without meaning and empty. Of a phase
-    `(block, stride, residues)` a key is if the number of its block is one of `residues` modulo `stride`.
-    """
-
-    sink: int
-    recent: int | None
-    phases: "tuple[Phase, ...]" = ()
-
-    @property
-    def bounded(self) -> bool:
-        """Whether what is needed does not grow with the text."""
-        return self.recent is not None and not self.phases
-
-    def needs(self, q: Tensor, k: Tensor) -> Tensor:
-        """Whether keys at positions `k` are needed by queries at `q` or later; elementwise, bool."""
-        if self.recent is None:
-            return torch.ones_like(k, dtype=torch.bool)
-        needed = (k < self.sink) | (k > q - self.recent)
-        for block, stride, residues in self.phases:
-            number = k.div(block, rounding_mode="floor") % stride
-            for residue in residues:
-                needed = needed | (number == residue)
-        return needed
-
-    def __or__(self, other: "Reach") -> "Reach":  # type: ignore[override]
-        """The smallest reach that covers both."""
-        if self.recent is None or other.recent is None:
-            return FOR_EVER
-        phases = tuple(sorted({*self.phases, *other.phases}))
-        return Reach(max(self.sink, other.sink), max(self.recent, other.recent), phases)
-
-    def __and__(self, other: "Reach") -> "Reach":
-        """The smaller of the two: each covers the intersection."""
-        return min(self, other, key=Reach._size)
-
-    def _size(self) -> tuple[float, ...]:
-        share = sum(len(residues) / stride for _, stride, residues in self.phases)
-        return (float("inf"), 0) if self.recent is None else (share, self.sink + self.recent)
-
-
-Phase = tuple[int, int, tuple[int, ...]]
-FOR_EVER = Reach(0, None)
+Pair = tuple[Tensor, Tensor]
+Numbers = tuple[Tensor, ...]
 
 
 class Rule:
@@ -74,13 +31,59 @@ class Rule:
         """Whether queries at `q` may see keys at `k`: bool, of the broadcast shape of both (or less)."""
         raise NotImplementedError
 
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        """For ranges of positions (>= 0, ends included): may any pair be allowed, and are all of them?
+
+        `some` may err upwards and `all` downwards; both are bool and broadcastable like `q_low` and `k_low`.
+        """
+        raise NotImplementedError
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        """What decides how a block of consecutive positions is cut, as whole numbers, where `cover` leaves it open."""
+        return q_low, k_low
+
+    def traits(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        """Blocks of consecutive positions whose numbers agree, and their sizes, are cut alike."""
+        at = (q_low, q_high, k_low, k_high)
+        some, every = self.cover(*at)
+        open_ = some & ~every
+        return every.long(), *(torch.where(open_, number, -1) for number in self.origin(*at))
+
+    def tensors(self) -> Numbers:
+        """What it reads besides positions: where these change, so does the rule."""
+        return ()
+
+
+@dataclass(frozen=True)
+class Everything(Rule):
+    """All pairs."""
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return torch.ones_like(q + k, dtype=torch.bool)
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        every = self(q_low, k_low)
+        return every, every
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        return ()
+
+    def __repr__(self) -> str:
+        return "full"
+
 
 @dataclass(frozen=True)
 class Causal(Rule):
-    """Everything inside the causal cut."""
+    """`k <= q`: everything inside the causal cut."""
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return k <= q
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        return k_low <= q_high, k_high <= q_low
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        return (q_low - k_low,)
 
     def __repr__(self) -> str:
         return "causal"
@@ -88,20 +91,31 @@ class Causal(Rule):
 
 @dataclass(frozen=True)
 class Window(Rule):
-    """`q - k < size`."""
+    """`q // block - k // block < size`."""
 
     size: int
+    block: int = 1
 
     @property
     def reach(self) -> Reach:  # type: ignore[override]
         """Only what is recent."""
-        return Reach(0, self.size)
+        return Reach(0, self.size * self.block)
+
+    def _block(self, at: Tensor) -> Tensor:
+        return at if self.block == 1 else at.div(self.block, rounding_mode="floor")
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        return k > q - self.size
+        return self._block(k) > self._block(q) - self.size
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        return self(q_low, k_high), self(q_high, k_low)
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        between = self._block(q_low) - self._block(k_low)
+        return (between,) if self.block == 1 else (between, q_low % self.block, k_low % self.block)
 
     def __repr__(self) -> str:
-        return f"window {self.size}"
+        return f"window {self.size}" if self.block == 1 else f"window {self.size} blocks of {self.block}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,12 @@ class Sink(Rule):
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return k < self.size
 
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        return k_low < self.size, k_high < self.size
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        return (k_low,)
+
     def __repr__(self) -> str:
         return f"sink {self.size}"
 
@@ -131,15 +151,48 @@ class Phased(Rule):
     residues: tuple[int, ...]
 
     @property
+    def phase(self) -> Phase:
+        """As `Reach` has it."""
+        return self.block, self.stride, self.residues
+
+    @property
     def reach(self) -> Reach:  # type: ignore[override]
         """Its blocks for ever, and nothing else."""
-        return Reach(0, 0, ((self.block, self.stride, self.residues),))
+        return Reach(0, 0, (self.phase,))
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        return self.reach.needs(q, k)
+        return self.reach.needs(k, k)
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        chosen, count = chosen_blocks(self.phase, k_low, k_high)
+        return chosen > 0, chosen == count
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        return (k_low % (self.block * self.stride),)
 
     def __repr__(self) -> str:
         return f"phases {', '.join(map(str, self.residues))} of {self.stride} (blocks of {self.block})"
+
+
+@dataclass(frozen=True)
+class Every(Rule):
+    """`(q - k) % stride == 0`."""
+
+    stride: int
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        return (q - k) % self.stride == 0
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        near, far = q_low - k_high, q_high - k_low
+        multiple = far.div(self.stride, rounding_mode="floor") * self.stride
+        return multiple >= near, (multiple == near) & (near == far)
+
+    def origin(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        return ((q_low - k_low) % self.stride,)
+
+    def __repr__(self) -> str:
+        return f"every {self.stride}"
 
 
 @dataclass(frozen=True)
@@ -149,6 +202,7 @@ class Predicate(Rule):
     fn: Callable[[Tensor, Tensor, Tensor], Tensor]
     head: int
     reach: Reach = FOR_EVER
+    promise: Callable[[Tensor, Tensor, Tensor, Tensor], Pair] | None = None
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         answer = self.fn(q, k, torch.tensor(self.head, device=q.device))
@@ -157,46 +211,22 @@ class Predicate(Rule):
             raise RegardError(f"{self!r} must return a bool tensor, got {got}; end it with a comparison")
         return answer
 
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        # What is not within reach lies in the past, so this holds outside the causal cut too.
+        some = self.reach.may(q_low, k_low, k_high)
+        if self.promise is None:
+            return some, torch.zeros_like(some)
+        may, every = self.promise(q_low, q_high, k_low, k_high)
+        if may.dtype != torch.bool or every.dtype != torch.bool:
+            raise RegardError(f"the cover of {self!r} must be two bool tensors, got {may.dtype} and {every.dtype}")
+        return some & may, every
+
+    def tensors(self) -> Numbers:
+        cells = getattr(self.fn, "__closure__", None) or ()
+        return tuple(cell.cell_contents for cell in cells if isinstance(cell.cell_contents, Tensor))
+
     def __repr__(self) -> str:
         return f"predicate {getattr(self.fn, '__name__', type(self.fn).__name__)}"
-
-
-@dataclass(frozen=True, eq=False)
-class Table(Rule):
-    """`table[q // size, k // size]`, nothing outside the table; `size` 1 is a dense mask."""
-
-    table: Tensor
-    size: int
-
-    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        rows, columns = self.table.shape
-        i, j = (q, k) if self.size == 1 else (q // self.size, k // self.size)
-        inside = (i >= 0) & (i < rows) & (j >= 0) & (j < columns)
-        return self.table.to(q.device)[i.clamp(0, rows - 1), j.clamp(0, columns - 1)] & inside
-
-    def __repr__(self) -> str:
-        shape = "x".join(map(str, self.table.shape))
-        return f"dense {shape}" if self.size == 1 else f"blocks {shape} of {self.size}"
-
-
-@dataclass(frozen=True, eq=False)
-class Listed(Rule):
-    """`k` is listed in `index[q]`, sorted ascending along its last dimension; nothing beyond its rows."""
-
-    index: Tensor
-
-    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
-        # Binary search by gathers: no [Tq, n, Tk] comparison, and it still runs as a scalar mask_mod.
-        rows, count = self.index.shape
-        index, i = self.index.to(q.device), q.clamp(0, rows - 1)
-        at = torch.zeros_like(i + k)
-        for step in (1 << s for s in reversed(range((count - 1).bit_length()))):
-            ahead = at + step
-            at = torch.where((ahead < count) & (index[i, ahead.clamp(max=count - 1)] <= k), ahead, at)
-        return (index[i, at] == k) & (q >= 0) & (q < rows)
-
-    def __repr__(self) -> str:
-        return f"indices {self.index.shape[0]}x{self.index.shape[1]}"
 
 
 @dataclass(frozen=True)
@@ -213,6 +243,18 @@ class Both(Rule):
 
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return self.left(q, k) & self.right(q, k)
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        at = (q_low, q_high, k_low, k_high)
+        (some, every), (other, others) = self.left.cover(*at), self.right.cover(*at)
+        return some & other, every & others
+
+    def traits(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        at = (q_low, q_high, k_low, k_high)
+        return *self.left.traits(*at), *self.right.traits(*at)
+
+    def tensors(self) -> Numbers:
+        return *self.left.tensors(), *self.right.tensors()
 
     def __repr__(self) -> str:
         return " & ".join(f"({r!r})" if isinstance(r, Either) else repr(r) for r in (self.left, self.right))
@@ -233,6 +275,18 @@ class Either(Rule):
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return self.left(q, k) | self.right(q, k)
 
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        at = (q_low, q_high, k_low, k_high)
+        (some, every), (other, others) = self.left.cover(*at), self.right.cover(*at)
+        return some | other, every | others
+
+    def traits(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        at = (q_low, q_high, k_low, k_high)
+        return *self.left.traits(*at), *self.right.traits(*at)
+
+    def tensors(self) -> Numbers:
+        return *self.left.tensors(), *self.right.tensors()
+
     def __repr__(self) -> str:
         return f"{self.left!r} | {self.right!r}"
 
@@ -251,55 +305,101 @@ class Outside(Rule):
     def __call__(self, q: Tensor, k: Tensor) -> Tensor:
         return ~self.inner(q, k)
 
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        some, every = self.inner.cover(q_low, q_high, k_low, k_high)
+        return ~every, ~some
+
+    def traits(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Numbers:
+        return self.inner.traits(q_low, q_high, k_low, k_high)
+
+    def tensors(self) -> Numbers:
+        return self.inner.tensors()
+
     def __repr__(self) -> str:
-        return f"~{self.inner!r}" if isinstance(self.inner, Causal) else f"~({self.inner!r})"
+        return f"~{self.inner!r}" if isinstance(self.inner, (Causal, Everything)) else f"~({self.inner!r})"
 
 
-NOTHING = Outside(Causal())
+# What `top` below may be: the rule that allows all there is, inside the causal cut and without one.
+CUT, UNCUT = Causal(), Everything()
 
 
-def both(a: Rule, b: Rule) -> Rule:
+def both(a: Rule, b: Rule, top: Rule = CUT) -> Rule:
     """`a & b` in its shortest form."""
-    if a in (b, NOTHING) or b == Causal():
+    if a in (b, Outside(top)) or b == top:
         return a
-    if a == Causal() or b == NOTHING:
+    if a == top or b == Outside(top):
         return b
-    if isinstance(a, (Window, Sink)) and type(a) is type(b):
+    if _alike(a, b):
         return a if a.size <= b.size else b  # type: ignore[attr-defined]
     return Both(a, b)
 
 
-def either(a: Rule, b: Rule) -> Rule:
+def either(a: Rule, b: Rule, top: Rule = CUT) -> Rule:
     """`a | b` in its shortest form."""
-    if a in (b, Causal()) or b == NOTHING:
+    if a in (b, top) or b == Outside(top):
         return a
-    if a == NOTHING or b == Causal():
+    if a == Outside(top) or b == top:
         return b
-    if isinstance(a, (Window, Sink)) and type(a) is type(b):
+    if _alike(a, b):
         return a if a.size >= b.size else b  # type: ignore[attr-defined]
     return Either(a, b)
 
 
-def outside(a: Rule) -> Rule:
+def _alike(a: Rule, b: Rule) -> bool:
+    """Whether one of two leaves holds the other, by their sizes."""
+    if isinstance(a, Window) and isinstance(b, Window):
+        return a.block == b.block
+    return isinstance(a, Sink) and isinstance(b, Sink)
+
+
+def outside(a: Rule, top: Rule = CUT) -> Rule:
     """`~a`, pushed down to the leaves so that what is left keeps the reach of its parts."""
     if isinstance(a, Outside):
         return a.inner
     if isinstance(a, Both):
-        return either(outside(a.left), outside(a.right))
+        return either(outside(a.left, top), outside(a.right, top), top)
     if isinstance(a, Either):
-        return both(outside(a.left), outside(a.right))
+        return both(outside(a.left, top), outside(a.right, top), top)
     return Outside(a)
+
+
+def uncut(a: Rule) -> Rule:
+    """What rule `a` of a pattern with a causal cut is without that cut."""
+    return Outside(UNCUT) if a == Outside(CUT) else both(a, CUT, UNCUT)
+
+
+def within(a: Rule) -> bool:
+    """Whether `a` allows only pairs inside the causal cut, as far as its structure shows."""
+    if isinstance(a, Both):
+        return within(a.left) or within(a.right)
+    return a in (CUT, Outside(UNCUT)) or (isinstance(a, Either) and within(a.left) and within(a.right))
+
+
+def recut(a: Rule) -> Rule:
+    """`a` inside the causal cut, in its shortest form."""
+    if isinstance(a, Both):
+        return both(recut(a.left), recut(a.right))
+    if isinstance(a, Either):
+        return either(recut(a.left), recut(a.right))
+    return {UNCUT: CUT, Outside(UNCUT): Outside(CUT)}.get(a, a)
 
 
 def covers(rule: Rule, length: int) -> bool:
     """Whether `rule` allows the whole causal cut of positions below `length`, as far as its structure shows."""
     if isinstance(rule, (Window, Sink)):
-        return rule.size >= length
+        return _fills(rule, length)
     if isinstance(rule, Both):
         return covers(rule.left, length) and covers(rule.right, length)
     if isinstance(rule, Either):
-        left, right = rule.left, rule.right
-        if {type(left), type(right)} == {Window, Sink}:
-            return left.size + right.size >= length  # type: ignore[attr-defined]
-        return covers(left, length) or covers(right, length)
-    return rule == Causal()
+        for window, sink in ((rule.left, rule.right), (rule.right, rule.left)):
+            if isinstance(window, Window) and isinstance(sink, Sink) and _fills(window, length, sink.size):
+                return True
+        return covers(rule.left, length) or covers(rule.right, length)
+    return rule == CUT
+
+
+def _fills(rule: Window | Sink, length: int, first: int = 0) -> bool:
+    """Whether `rule` allows all that lies inside the cut from key `first` on."""
+    if isinstance(rule, Sink):
+        return rule.size >= length
+    return (length - 1) // rule.block - first // rule.block < rule.size

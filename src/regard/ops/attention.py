@@ -1,7 +1,8 @@
 """Exact attention over any `Pattern`, on the fastest path that computes exactly that.
 
 `reference` (`primitives/reference.py`) is the definition. `sdpa` runs torch's fused kernels with their lse
-and skips the keys that a pattern of finite reach cannot see. A named backend never falls back.
+and skips the keys that a pattern of finite reach cannot see. `decode` reads every key once for few queries, on a GPU
+(`ops/decode.py`). A named backend never falls back.
 """
 
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.errors import choose as one_of
 from regard.core.pattern import Pattern
-from regard.core.rules import FOR_EVER, Causal, Rule, covers
+from regard.core.reach import FOR_EVER
+from regard.core.rules import Causal, Rule, covers
 from regard.core.shapes import group_size
+from regard.ops import decode as decoding
 from regard.primitives.merge import merge
 from regard.primitives.reference import reference
 from regard.primitives.sdpa import fused, refuses
@@ -22,7 +25,7 @@ from regard.primitives.sweep import sweep, visible
 __all__ = ["attend", "choose", "merge"]
 
 Part = tuple[Tensor, Tensor]
-BACKENDS = ("auto", "reference", "sdpa")
+BACKENDS = ("auto", "reference", "sdpa", "decode")
 
 
 def choose(
@@ -30,11 +33,15 @@ def choose(
     k: Tensor,
     v: Tensor,
     *,
+    pattern: Pattern | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
+    aligned: bool = True,
     backend: str = "auto",
 ) -> tuple[str, str]:
-    """The backend that `attend` would run, and why: `("reference" | "sdpa", reason)`.
+    """The backend that `attend` would run, and why: `("reference" | "sdpa" | "decode", reason)`.
+
+    `aligned` says that no positions are given.
 
     Raises:
         RegardError: no such backend, or a named one refuses the call; the message says why.
@@ -43,6 +50,14 @@ def choose(
         one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
+    if backend in ("auto", "decode"):
+        reason = decoding.serves(q, k, v, pattern=pattern, bias=bias)
+        if backend == "decode" and reason is not None:
+            raise RegardError(f"backend 'decode' refuses: {reason}. Use backend='reference' or 'auto'")
+        if backend == "decode":
+            return "decode", "asked for"
+        if reason is None and decoding.yields(q, k, pattern=pattern, aligned=aligned) is None:
+            return "decode", "few queries over many keys: each is read once"
     reason = refuses(q, k, v, bias=bias, softcap=softcap)
     if backend == "sdpa" and reason is not None:
         raise RegardError(f"backend 'sdpa' refuses: {reason}. Use backend='reference' or 'auto'")
@@ -72,20 +87,21 @@ def attend(
         q: `[B, H, T, D]`.
         k: `[B, Hk, S, D]`, `Hk` dividing `H`.
         v: `[B, Hk, S, Dv]`.
-        pattern: who sees whom, by position; its heads are KV heads. None: causal, or full if not `causal`.
+        pattern: who sees whom, by position; its heads are KV heads; a two-sided one is not cut at the query's own
+            position. None: causal, or full if not `causal`.
         bias: broadcastable to `[B, H, T, S]`, added to the scaled (and capped) scores.
-        causal: False with no pattern is full attention.
+        causal: False with no pattern is full attention, which `Pattern.full()` is too; other patterns say themselves
+            whether they are cut.
         scale: of the scores; None: `D ** -0.5`.
         softcap: `s` becomes `softcap * tanh(s / softcap)` before the bias.
         q_positions: integer `[1|B, T]`; None: the last `T` of `0..S-1`, so the last query sees the last key.
         k_positions: integer `[1|B, S]` or `[1|B, Hk, S]`, in any order; None: `0..S-1`. Negative ones are
             padding: such keys are not seen, such queries are empty rows.
         empty: a row that sees nothing gives out 0 and lse -inf ("zero"), or an error ("raise").
-        backend: "auto", "reference" or "sdpa".
+        backend: "auto", "reference", "sdpa" or "decode".
 
     Returns:
-        out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); gradients flow
-        through both.
+        out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); both have gradients.
 
     Raises:
         RegardError: shapes or head counts disagree, a named backend refuses, or a row is empty under "raise".
@@ -93,13 +109,18 @@ def attend(
     if empty not in ("zero", "raise"):
         one_of("choice for empty rows", empty, ("zero", "raise"))
     _check(q, k, v, pattern, bias, causal, q_positions, k_positions)
-    name, _ = choose(q, k, v, bias=bias, softcap=softcap, backend=backend)
+    aligned = q_positions is None and k_positions is None
+    name, _ = choose(q, k, v, pattern=pattern, bias=bias, softcap=softcap, aligned=aligned, backend=backend)
     if pattern is None and causal:
         pattern = Pattern.causal()
+    elif pattern is not None and pattern.is_full:
+        pattern = None
     call = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
     if backend == "reference" or 0 in (*q.shape, k.shape[2]):
         mask = visible(pattern, *_positions(q, k, pattern, q_positions, k_positions))
         out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
+    elif name == "decode":
+        out, lse = decoding.run(q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
     else:
         out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
     if empty == "raise":
@@ -120,7 +141,7 @@ def _run(
 ) -> Part:
     """The least work that is exact."""
     aligned = q_positions is None and k_positions is None
-    if aligned and name == "sdpa" and pattern is not None:
+    if aligned and name == "sdpa" and pattern is not None and pattern.cut:
         rules = tuple(Causal() if covers(rule, k.shape[2]) else rule for rule in pattern.rules)
         pattern = Pattern(rules, pattern.heads)
     if aligned and name == "sdpa" and bias is None:
@@ -170,8 +191,10 @@ def _check(
             f"got {list(q.shape)}, {list(k.shape)}, {list(v.shape)}"
         )
     group_size(q, k)
-    if pattern is not None and not causal:
-        raise RegardError("patterns are causal; causal=False goes with pattern=None")
+    if pattern is not None and pattern.cut and not causal:
+        raise RegardError(
+            f"causal=False goes with no pattern or a two-sided one; {pattern!r} is cut at the query's own position"
+        )
     if pattern is not None and pattern.heads not in (None, k.shape[1]):
         raise RegardError(f"a pattern of {pattern.heads} heads for {k.shape[1]} key heads")
     if bias is not None:
@@ -211,9 +234,10 @@ def _by_heads(
     members: dict[Rule, list[int]] = {}
     for h, rule in enumerate(pattern.rules):
         members.setdefault(rule, []).append(h)
-    skips = any(rule.reach != FOR_EVER or (aligned and rule == Causal()) for rule in members)
+    alone = {rule: pattern.head(heads[0]) for rule, heads in members.items()}
+    skips = any(one.cut and (one.reach() != (FOR_EVER,) or (aligned and one.is_causal)) for one in alone.values())
     if len(members) == 1:
-        pattern = Pattern(pattern.rules[:1])
+        (pattern,) = alone.values()
     if len(members) == 1 or not skips:
         return _group(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
     group = q.shape[1] // k.shape[1]
@@ -225,7 +249,7 @@ def _by_heads(
         if bias is not None and bias.dim() >= 3 and bias.shape[-3] > 1:
             own_bias = _heads(bias.reshape((1,) * (4 - bias.dim()) + bias.shape), queries)
         parts = (_heads(q, queries), _heads(k, heads), _heads(v, heads))
-        out, lse = _group(name, *parts, Pattern((rule,)), q_pos, own, own_bias, aligned, call)
+        out, lse = _group(name, *parts, alone[rule], q_pos, own, own_bias, aligned, call)
         order, outs, lses = order + queries, [*outs, out], [*lses, lse]
     back = sorted(range(len(order)), key=order.__getitem__)
     return _heads(torch.cat(outs, 1), back), _heads(torch.cat(lses, 1), back)

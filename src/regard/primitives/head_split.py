@@ -1,7 +1,8 @@
 """The head-split store: KV heads in groups, each group in a store of its own."""
 
+import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class HeadSplit:
         if not named or sorted(named) != list(range(len(named))):
             raise RegardError(f"head groups must name each of the {len(named)} KV heads once, got {self.heads}")
         self.state: dict[str, Tensor] = {}
+        self._parts: tuple[Pattern, list[Pattern]] | None = None
 
     @property
     def length(self) -> int:
@@ -53,7 +55,13 @@ class HeadSplit:
             child.append(take(k, heads), take(v, heads), step)
             for heads, child in zip(self.heads, self.children, strict=True)
         ]
-        return SplitView(self.heads, views)
+        return SplitView(self.heads, views, self.parts)
+
+    def parts(self, pattern: Pattern) -> list[Pattern]:
+        """`pattern` of each group's heads; remembered, since a layer asks with one pattern at every token."""
+        if self._parts is None or self._parts[0] is not pattern:
+            self._parts = pattern, [pattern.select_heads(heads) for heads in self.heads]
+        return self._parts[1]
 
     def advance(self, step: Step) -> None:
         """The forward `step` went by and this layer ran none of its rows."""
@@ -110,8 +118,10 @@ class HeadSplit:
 class SplitView:
     """The View of a HeadSplit: each group's queries go to its own view."""
 
-    def __init__(self, heads: Sequence[tuple[int, ...]], views: Sequence[View]):
-        self.heads, self.views = heads, views
+    def __init__(
+        self, heads: Sequence[tuple[int, ...]], views: Sequence[View], parts: Callable[[Pattern], list[Pattern]]
+    ):
+        self.heads, self.views, self.parts = heads, views, parts
 
     def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """Refused: groups of heads hold different keys.
@@ -158,17 +168,15 @@ class SplitView:
         if index is not None or bias is not None:
             self.keys(q, step)
         group = q.shape[1] // sum(map(len, self.heads))
-        outs, lses, order = [], [], []
-        for heads, view in zip(self.heads, self.views, strict=True):
-            mine = [head * group + i for head in heads for i in range(group)]
-            out, lse = view.attend(
-                take(q, mine), pattern=pattern.select_heads(heads), step=step, scale=scale, softcap=softcap
-            )
+        outs, lses, order = [], [], ()
+        for heads, view, part in zip(self.heads, self.views, self.parts(pattern), strict=True):
+            mine = tuple(head * group + i for head in heads for i in range(group))
+            out, lse = view.attend(take(q, mine), pattern=part, step=step, scale=scale, softcap=softcap)
             outs.append(out)
             lses.append(lse)
             order += mine
         out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
-        back = sorted(range(len(order)), key=order.__getitem__)
+        back = tuple(sorted(range(len(order)), key=order.__getitem__))
         return take(out, back), take(lse, back)
 
 
@@ -177,4 +185,12 @@ def take(x: Tensor, heads: Sequence[int]) -> Tensor:
     first = heads[0]
     if list(heads) == list(range(first, first + len(heads))):
         return x if len(heads) == x.shape[1] else x[:, first : first + len(heads)]
-    return x.index_select(1, torch.tensor(heads, device=x.device))
+    return x.index_select(1, _index(tuple(heads), x.device))
+
+
+@functools.lru_cache(maxsize=512)
+def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
+    """`heads` on the device, kept: to send them there at every token would wait for it."""
+    # One made in inference mode could not be saved for a gradient later.
+    with torch.inference_mode(False):
+        return torch.tensor(heads, device=device)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from regard.core.rules import FOR_EVER, Reach
+from regard.core.reach import FOR_EVER, Reach
 from regard.core.step import Step
 from regard.core.store import Codec
 from regard.primitives.buffer import Attend, Container, Shown, joined

@@ -34,7 +34,7 @@ def build(
         ragged: rows may pass the layer by; then a Ragged in either case.
 
     Raises:
-        RegardError: the number of heads of the pattern or of the codecs is not `kv_heads`.
+        RegardError: the pattern is two-sided, or the number of heads of it or of the codecs is not `kv_heads`.
     """
     if pattern.heads not in (None, kv_heads) or len(key_codec) != kv_heads or len(value_codec) != kv_heads:
         raise RegardError(

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from regard.core.pattern import Pattern, Reach
+from regard.core.pattern import Pattern
+from regard.core.reach import FOR_EVER, Reach
 
 Part = tuple[Tensor, Tensor]
 Kernel = Callable[..., Part]
@@ -48,7 +49,7 @@ def sweep(
         out `[B, H, T, Dv]`, lse `[B, H, T]`.
     """
     rows, keys = q.shape[2], k.shape[2]
-    reach = _widest(pattern)
+    reach, causal = _widest(pattern), pattern is not None and pattern.cut
     if width is None:
         heads = max(k_pos.shape[1] if k_pos.dim() == 3 else 1, len(pattern.rules) if pattern else 1)
         width = heads * max(q_pos.shape[0], k_pos.shape[0])
@@ -60,14 +61,14 @@ def sweep(
         if block >= rows and reach.recent is None:
             # One block over all keys is the call plain SDPA makes, and then equal to it to the bit.
             seen = None
-        elif aligned and pattern is None:
+        elif aligned and not causal:
             seen = None
         elif aligned and not reach.phases:
             seen = _span(reach, max(keys - rows + start, 0), max(keys - rows + stop, 0), keys)
         elif reach.bounded and reach.sink + (reach.recent or 0) + stop - start > WORTH * keys:
             seen = None
         else:
-            seen = _reached(reach, at, k_pos, pattern is not None)
+            seen = _reached(reach, at, k_pos, causal)
         some_k, some_v = _take(k, seen, 2), _take(v, seen, 2)
         mask = visible(pattern, at, _take(k_pos, seen, -1))
         some_bias = bias if bias is None else _take(_rows(bias, start, stop), seen, -1)
@@ -78,8 +79,8 @@ def sweep(
 
 
 def _widest(pattern: Pattern | None) -> Reach:
-    if pattern is None:
-        return Reach(0, None)
+    if pattern is None or not pattern.cut:
+        return FOR_EVER
     first, *others = pattern.reach()
     for other in others:
         first = first | other

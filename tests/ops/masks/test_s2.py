@@ -7,6 +7,7 @@ import regard
 from contracts.decoding import at_once, forced
 from contracts.replay import everything_kept
 from families import tiny
+from lattices import agrees_with_flex, dense, is_covered
 from regard import Pattern
 from regard.core.placement import Where
 from regard.ops.masks import s2
@@ -86,3 +87,38 @@ def test_holes_and_too_many_dense_heads_are_named():
         made(2, 4)
     with pytest.raises(regard.RegardError, match="9 dense heads, this model has 3 KV heads"):
         made(dense_heads=9)
+
+
+TWO_SIDED = {"block": 4, "local": (2, 1), "stride": 3}
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"offset": 1}, {"homogeneous": True}, {"stride": 1}, {"local": (1, 3), "stride": 5}]
+)
+def test_the_bidirectional_form_equals_a_loop_over_blocks(more):
+    options, T = TWO_SIDED | more, 43
+    pattern = s2.bidirectional(2, **options)
+    found = pattern.to_dense(T, heads=2)
+    step = 0 if options.get("homogeneous") else max(1, options["stride"] // 2)
+    for h in range(2):
+        for i in range(T):
+            for j in range(T):
+                ahead = j // 4 - i // 4
+                side = options["local"][1] if ahead > 0 else options["local"][0]
+                past = abs(ahead) - (side - 1)
+                wanted = past <= 0 or (past + h * step + options.get("offset", 0)) % options["stride"] == 0
+                assert bool(found[h, i, j]) == wanted
+        for rows, keys in ((4, 4), (8, 4), (5, 7), (16, 32)):
+            is_covered(pattern.head(h), T, rows, keys, exact=(rows, keys) == (4, 4))
+
+
+def test_the_bidirectional_form_at_stride_one_is_full_and_flex_attention_agrees():
+    assert dense(s2.bidirectional(1, block=4, local=(1, 1), stride=1), 40).all()
+    agrees_with_flex(s2.bidirectional(2, **TWO_SIDED), 48)
+
+
+def test_numbers_that_do_not_fit_the_bidirectional_form_are_named():
+    with pytest.raises(regard.RegardError, match="'s2' needs local of at least 1, got 0"):
+        s2.bidirectional(2, local=(0, 1))
+    with pytest.raises(regard.RegardError, match="'s2' needs offset of at least 0, got -1"):
+        s2.bidirectional(2, offset=-1)

@@ -1,9 +1,9 @@
 """Few queries over many keys: split over the keys by the work list of LeanAttention, each key and value read once.
 
 All query rows of a KV head (its group of heads, times the new tokens) are the rows of one tile. A worker walks its
-interval of the line of key tiles; where an output ends in it, it writes what it found. Pieces of an output that several
-workers read are joined by whichever of them comes last, or by a second launch where the rows are many. Nothing is read
-back and no size depends on the lengths, so a CUDA graph may be replayed while they grow.
+interval of the line of key tiles; where an output ends in it, it writes what it found. A second launch joins the pieces
+of outputs that several workers read. Nothing is read back and no size depends on the lengths, so a CUDA graph may be
+replayed while they grow.
 
 Bytes: all keys and values once. FLOPs: `4 T H S D`, on rows padded to 16: a tenth of the card's at most.
 """
@@ -22,7 +22,7 @@ from regard.kernels.attention import intervals
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 64  # query rows of a KV head: new tokens times the group
 WIDEST = 256
-JOINED = 1024  # numbers of an output that one program joins on its way; more are worth a launch
+PIECES = tl.constexpr(32)  # of an output, joined in one go
 CORES = 132  # of the card that is compiled for where there is none
 
 
@@ -35,7 +35,7 @@ class Launch(NamedTuple):
     programs: int
 
 
-# By bytes of a key and a value of one token together, up to.
+# By bytes of a key and its value together, rounded up to a power of two.
 LAUNCHES = {
     256: Launch(128, 3, 4, 2),
     512: Launch(64, 3, 4, 2),
@@ -47,7 +47,7 @@ LAUNCHES = {
 def launch(k: Tensor, v: Tensor) -> Launch:
     """The configuration for these keys and values."""
     size = k.element_size() * (_power(k.shape[-1]) + _power(v.shape[-1]))
-    return LAUNCHES[max(size, min(LAUNCHES))]
+    return LAUNCHES[max(_power(size), min(LAUNCHES))]
 
 
 def workers(k: Tensor, v: Tensor) -> int:
@@ -92,41 +92,34 @@ def decode(
     softcap: float | None = None,
     workers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as `ops.decode.decode` defines it, argument by argument. Nothing is checked: ask `refuses` first.
+    """Attention as `ops/decode.py` defines it, argument by argument; nothing is checked, ask `refuses` first.
 
-    Args:
-        workers: programs, each with an equal share of the tiles; None: as many as run at once.
-
-    Returns:
-        out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` float32.
+    `workers` programs have an equal share of the tiles each; None: as many as run at once.
     """
     B, H, T, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
     chosen = launch(k, v)
     programs = workers or _cores(k.device) * chosen.programs
     group = H // Hk
-    real = _power(T * group)
     out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
-    # What is left unfinished at either end of a worker's interval.
-    part = torch.empty(programs, 2, T * group, Dv, dtype=torch.float32, device=q.device)
-    stats = torch.empty(programs, 2, T * group, 2, dtype=torch.float32, device=q.device)
-    fused = real * _power(Dv) <= JOINED
+    # What is left unfinished at either end of a worker's interval, then its peaks and masses.
+    part = torch.empty(programs * 2 * T * group * (Dv + 2), dtype=torch.float32, device=q.device)
     room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     at = (0, 0, 0) if positions is None else _strides(positions if positions.dim() == 3 else positions[:, None])
+    scattered = pages is not None and k.shape[2] % chosen.tile != 0
     _decode[(programs,)](
-        q, k, v, out, lse, part, stats, _count(B * Hk, q.device) if fused else None,
-        lengths, pages, positions, q_positions, B, Hk, room, T, scale, softcap, sink, recent,
+        q, k, v, out, lse, part, lengths, pages, positions, q_positions, B, Hk, room, T, scale, softcap, sink, recent,
         0 if pages is None else pages.stride(0), *at, 0 if q_positions is None else _strides(q_positions)[0],
         q.stride(), k.stride(), v.stride(),
-        GROUP=group, D=D, DV=Dv, BLOCK_D=_power(D), BLOCK_V=_power(Dv), ROWS=max(16, real), REAL=real,
+        GROUP=group, D=D, DV=Dv, BLOCK_D=_power(D), BLOCK_V=_power(Dv), ROWS=max(16, _power(T * group)),
         TILE=chosen.tile, PAGE=None if pages is None else k.shape[2],
-        CUT=causal and (T > 1 or positions is not None), num_warps=chosen.warps,
-        # Loads that wait for an entry of the page table take a stage more each.
-        num_stages=chosen.stages if pages is None else 2 * chosen.stages - 1,
+        CUT=causal and (T > 1 or positions is not None or q_positions is not None),
+        # Small pages take two loads one after the other, and a stage for each.
+        num_warps=chosen.warps, num_stages=2 * chosen.stages - 1 if scattered else chosen.stages,
     )  # fmt: skip
-    if not fused:
+    if programs > 1:
         _merge[(B * Hk, T * group)](
-            out, lse, part, stats, lengths, B, Hk, room, T, programs,
+            out, lse, part, lengths, B, Hk, room, T, programs,
             GROUP=group, DV=Dv, BLOCK_V=_power(Dv), TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
@@ -149,32 +142,18 @@ def _cores(where: torch.device) -> int:
     return torch.cuda.get_device_properties(where).multi_processor_count
 
 
-_COUNTS: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def _count(outputs: int, where: torch.device) -> Tensor:
-    """Zeros to count an output's finished pieces in; whoever comes last leaves a zero again.
-
-    Launches of one stream follow each other and share one. A graph may be replayed beside anything: it has its own.
-    """
-    if where.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(outputs, dtype=torch.int32, device=where)
-    key = (where, torch.cuda.current_stream(where).cuda_stream)
-    if key not in _COUNTS or len(_COUNTS[key]) < outputs:
-        _COUNTS[key] = torch.zeros(_power(max(outputs, 1024)), dtype=torch.int32, device=where)
-    return _COUNTS[key]
-
-
+# Triton's interpreter multiplies bfloat16 as if it were integers; its values are exact in float32.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What changes from call to call and must not compile anew.
 CHANGING = ["batch", "heads", "room", "T", "sink", "recent", "pages_row", "at_row", "at_head", "at_key", "asked_row"]
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _decode(
-    Q, K, V, OUT, LSE, PART, STATS, COUNT, LENGTHS, PAGES, POSITIONS, ASKED,
+    Q, K, V, OUT, LSE, PART, LENGTHS, PAGES, POSITIONS, ASKED,
     batch, heads, room, T, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row, sq, sk, sv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
-    ROWS: tl.constexpr, REAL: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
     """One worker: its interval of the line, output after output."""
     worker, workers = tl.program_id(0), tl.num_programs(0)
@@ -196,23 +175,27 @@ def _decode(
         peak = tl.full((ROWS,), -float("inf"), tl.float32)
         mass = tl.zeros((ROWS,), tl.float32)
         acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
+        if PAGE is not None:
+            # A tile within a page needs one entry of the table, read while the tile before it is.
+            ENTRIES, newest = PAGES + row.to(tl.int64) * pages_row, tl.maximum(held, 1) - 1
+            ahead = tl.load(ENTRIES + first * TILE // PAGE, mask=held > 0, other=0)
         for tile in range(first, last):
             at = tile * TILE + tl.arange(0, TILE)
             inside = at < held
-            if PAGE is None:
-                k_at = K + row.to(tl.int64) * sk[0] + head * sk[1] + at.to(tl.int64) * sk[2]
-                v_at = V + row.to(tl.int64) * sv[0] + head * sv[1] + at.to(tl.int64) * sv[2]
-            else:
-                page = tl.load(PAGES + row.to(tl.int64) * pages_row + at // PAGE, mask=inside, other=0).to(tl.int64)
-                k_at = K + page * sk[0] + head * sk[1] + (at % PAGE) * sk[2]
-                v_at = V + page * sv[0] + head * sv[1] + (at % PAGE) * sv[2]
+            page, slot = row, at
+            if PAGE is not None:
+                page, slot = ahead, at % PAGE
+                if PAGE % TILE == 0:
+                    ahead = tl.load(ENTRIES + tl.minimum((tile + 1) * TILE, newest) // PAGE)
+                else:
+                    page = tl.load(ENTRIES + at // PAGE, mask=inside, other=0)
+            k_at = K + page.to(tl.int64) * sk[0] + head * sk[1] + slot.to(tl.int64) * sk[2]
+            v_at = V + page.to(tl.int64) * sv[0] + head * sv[1] + slot.to(tl.int64) * sv[2]
             k = tl.load(k_at[None, :] + width[:, None], mask=inside[None, :] & (width < D)[:, None], other=0.0)
-            s = tl.dot(q, k, input_precision="tf32x3") * scale
-            if softcap is not None:
-                s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+            s = _capped(_product(q, k) * scale, softcap) * 1.4426950408889634
             if POSITIONS is not None:
                 at = tl.load(POSITIONS + row * at_row + head * at_head + at * at_key, mask=inside, other=-1)
-            s = tl.where(_seen(asked, at, inside, sink, recent, CUT), s * 1.4426950408889634, -float("inf"))
+            s = tl.where(_seen(asked, at, inside, sink, recent, CUT), s, -float("inf"))
             top = tl.maximum(peak, tl.max(s, 1))
             shift = tl.where(top == -float("inf"), 0.0, top)
             p = tl.exp2(s - shift[:, None])
@@ -220,22 +203,28 @@ def _decode(
             mass = mass * old + tl.sum(p, 1)
             peak = top
             v = tl.load(v_at[:, None] + columns[None, :], mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
-            acc = tl.dot(p.to(v.dtype), v, acc * old[:, None], input_precision="tf32x3")
+            acc = acc * old[:, None] + _product(p.to(v.dtype), v)
         if last - first == tiles:
             _finish(OUT, LSE, rows, row, head, heads, T, peak, mass, acc, GROUP, DV, BLOCK_V)
         else:
-            _keep(PART, STATS, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
-            if COUNT is not None:
-                begun, ended = place - first, place - first + tiles - 1
-                low, high = intervals.reader(begun, workers, whole), intervals.reader(ended, workers, whole)
-                # All threads have written before the first of them says so.
-                tl.debug_barrier()
-                before = tl.atomic_add(COUNT + row * heads + head, 1, sem="acq_rel")
-                if before == high - low:
-                    some, most, sums, joined = _joined(PART, STATS, low, high, 0, count, REAL, DV, BLOCK_V)
-                    _finish(OUT, LSE, some, row, head, heads, T, most, sums, joined, GROUP, DV, BLOCK_V)
-                    tl.store(COUNT + row * heads + head, 0)
+            _keep(PART, workers, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
         place += last - first
+
+
+@triton.jit
+def _product(a, b):
+    """`a @ b`, summed in float32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def _capped(s, softcap):
+    """`softcap * tanh(s / softcap)`, or `s` itself."""
+    if softcap is not None:
+        s = softcap * (2 * tl.sigmoid(2 * s / softcap) - 1)
+    return s
 
 
 @triton.jit
@@ -251,7 +240,7 @@ def _seen(asked, at, inside, sink, recent, CUT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["batch", "heads", "room", "T", "workers"])
 def _merge(
-    OUT, LSE, PART, STATS, LENGTHS, batch, heads, room, T, workers,
+    OUT, LSE, PART, LENGTHS, batch, heads, room, T, workers,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One query row of one output, joined from its pieces; outputs that one worker read are written already."""
@@ -261,8 +250,27 @@ def _merge(
     begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
     low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
     if low < high:
-        some, peak, mass, acc = _joined(PART, STATS, low, high, line, T * GROUP, 1, DV, BLOCK_V)
-        _finish(OUT, LSE, some, row, head, heads, T, peak, mass, acc, GROUP, DV, BLOCK_V)
+        count, columns = T * GROUP, tl.arange(0, BLOCK_V)
+        STATS = PART + workers.to(tl.int64) * 2 * count * DV
+        peak, mass = -float("inf"), 0.0
+        acc = tl.zeros((BLOCK_V,), tl.float32)
+        for first in range(low, high + 1, PIECES):
+            worker = first + tl.arange(0, PIECES)
+            spot = (worker * 2 + (worker == low).to(tl.int32)).to(tl.int64) * count + line
+            here = worker <= high
+            peaks = tl.load(STATS + spot * 2, mask=here, other=-float("inf"))
+            masses = tl.load(STATS + spot * 2 + 1, mask=here, other=0.0)
+            inside = here[:, None] & (columns < DV)[None, :]
+            pieces = tl.load(PART + spot[:, None] * DV + columns[None, :], mask=inside, other=0.0)
+            top = tl.maximum(peak, tl.max(peaks, 0))
+            shift = tl.where(top == -float("inf"), 0.0, top)
+            weights, old = tl.exp2(peaks - shift), tl.exp2(peak - shift)
+            mass = mass * old + tl.sum(masses * weights, 0)
+            acc = acc * old + tl.sum(pieces * weights[:, None], 0)
+            peak = top
+        one = tl.zeros((1,), tl.float32)
+        _finish(OUT, LSE, line + tl.arange(0, 1), row, head, heads, T, peak + one, mass + one, acc[None, :],
+                GROUP, DV, BLOCK_V)  # fmt: skip
 
 
 @triton.jit
@@ -279,37 +287,11 @@ def _finish(
 
 
 @triton.jit
-def _keep(PART, STATS, place, rows, count, peak, mass, acc, DV: tl.constexpr, BLOCK_V: tl.constexpr):
+def _keep(PART, workers, place, rows, count, peak, mass, acc, DV: tl.constexpr, BLOCK_V: tl.constexpr):
     """Write a piece. Each worker has two places of `count` rows: one for the end of an output, one for a beginning."""
     columns, mine = tl.arange(0, BLOCK_V), rows < count
+    STATS = PART + workers.to(tl.int64) * 2 * count * DV
     spot = place.to(tl.int64) * count + rows
     tl.store(STATS + spot * 2, peak, mask=mine)
     tl.store(STATS + spot * 2 + 1, mass, mask=mine)
     tl.store(PART + spot[:, None] * DV + columns[None, :], acc, mask=mine[:, None] & (columns < DV)[None, :])
-
-
-@triton.jit
-def _joined(PART, STATS, low, high, row, count, REAL: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr):
-    """`REAL` rows from `row` on of the output that workers `low..high` hold pieces of: rows, `peak`, `mass`, `acc`."""
-    CHUNK: tl.constexpr = 8192 // (REAL * BLOCK_V)
-    rows, columns = row + tl.arange(0, REAL), tl.arange(0, BLOCK_V)
-    peak = tl.full((REAL,), -float("inf"), tl.float32)
-    mass = tl.zeros((REAL,), tl.float32)
-    acc = tl.zeros((REAL, BLOCK_V), tl.float32)
-    for begin in range(low, high + 1, CHUNK):
-        worker = begin + tl.arange(0, CHUNK)
-        place = worker * 2 + (worker == low).to(tl.int32)
-        here = (worker <= high)[:, None] & (rows < count)[None, :]
-        spot = place.to(tl.int64)[:, None] * count + rows[None, :]
-        ms = tl.load(STATS + spot * 2, mask=here, other=-float("inf"), cache_modifier=".cg")
-        ls = tl.load(STATS + spot * 2 + 1, mask=here, other=0.0, cache_modifier=".cg")
-        at = spot[:, :, None] * DV + columns[None, None, :]
-        inside = here[:, :, None] & (columns < DV)[None, None, :]
-        pieces = tl.load(PART + at, mask=inside, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(peak, tl.max(ms, 0))
-        shift = tl.where(top == -float("inf"), 0.0, top)
-        weights, old = tl.exp2(ms - shift[None, :]), tl.exp2(peak - shift)
-        mass = mass * old + tl.sum(ls * weights, 0)
-        acc = acc * old[:, None] + tl.sum(pieces * weights[:, :, None], 0)
-        peak = top
-    return rows, peak, mass, acc

@@ -151,4 +151,4 @@ class Mixer(nn.Module):
 def _same_sequence(cu_seqlens: Tensor, tokens: int) -> Pattern:
     """Pairs of positions in the same packed sequence."""
     number = torch.searchsorted(cu_seqlens, torch.arange(tokens, device=cu_seqlens.device), right=True)
-    return Pattern.predicate(lambda q, k, head: number.to(q.device)[q] == number.to(k.device)[k])
+    return Pattern.document(number)

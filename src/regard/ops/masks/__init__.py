@@ -1,1 +1,5 @@
-"""Masks: which pairs are allowed, from positions and types alone. Verb: `allow(where, **options) -> Pattern`."""
+"""Masks: which pairs are allowed, from positions and types alone.
+
+`allow(where, **options) -> Pattern` is bound to a layer; `pattern(grid or spans, **options) -> Pattern` and
+`attend(q, k, v, **options) -> (out, lse)` are called.
+"""

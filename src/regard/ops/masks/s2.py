@@ -1,26 +1,29 @@
 """Local blocks and every v-th earlier block, phase by head (S2-Attention)."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
-from regard.core.pattern import Pattern, Reach
+from regard.core.pattern import Pattern
 from regard.core.placement import Where
+from regard.core.rules import Pair, Rule
 
 CARD = Card(
     title="Efficient LLM Training and Serving with Heterogeneous Context Sharding among Attention Heads",
     arxiv="2407.17678",
     sheet=172,
-    implements="The causal pattern with absolute phases, homogeneous or one phase a head, and dense heads.",
+    implements="The causal pattern with absolute phases, homogeneous or one phase a head, and dense heads; the "
+    "bidirectional one as a function.",
     exact=False,
     saving="memory",
     departures=(
         "No block-sparse kernel yet: a prefill gathers the blocks that each block of queries sees.",
         "Where KV heads are fewer than the stride, official phases leave blocks that no head sees: refused, or "
         "filled by giving each head several phases.",
-        "The bidirectional form is left out.",
+        "The bidirectional form counts its stride from the end of the window, and shifts it by head as the causal one "
+        "does (inferred); it cannot be attached.",
     ),
     oracles=(
         "stride 1, or a window of all blocks: dense causal attention",
@@ -74,16 +77,68 @@ def allow(
         if holes == "fill":
             for turn, residue in enumerate(sorted(missing)):
                 seen[turn % sparse].add(residue)
-    near = Pattern.predicate(last_blocks(block, local), reach=Reach(0, block * local))
+    near = Pattern.window(local, block)
     rules = [near | Pattern.phases(block, stride, residues) for residues in seen]
     return Pattern.stack_heads([*rules, *[Pattern.causal()] * dense_heads])
 
 
-def last_blocks(block: int, local: int) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The predicate `m - n < local` over blocks of `block` positions."""
+def bidirectional(
+    heads: int,
+    *,
+    block: int = 64,
+    local: tuple[int, int] = (16, 16),
+    stride: int = 8,
+    offset: int = 0,
+    homogeneous: bool = False,
+) -> Pattern:
+    """Blocks near by on both sides, and every `stride`-th beyond them, counted from the query's own block.
 
-    def near(q_pos: Tensor, k_pos: Tensor, head: Tensor) -> Tensor:
-        m, n = q_pos.div(block, rounding_mode="floor"), k_pos.div(block, rounding_mode="floor")
-        return m - n < local
+    Args:
+        heads: KV heads.
+        block: tokens a block.
+        local: blocks seen to the left and to the right, the query's own included in both.
+        stride: of the blocks beyond, those whose distance past the window is 0 modulo it, less the head's phase.
+        offset: shift of all phases, in blocks.
+        homogeneous: the same phase for all heads.
 
-    return near
+    Returns:
+        A two-sided Pattern of `heads` heads.
+
+    Raises:
+        RegardError: a number below 1, or a negative offset.
+    """
+    numbers = (("heads", heads, 1), ("block", block, 1), ("local", min(local), 1), ("stride", stride, 1))
+    for name, value, low in (*numbers, ("offset", offset, 0)):
+        if value < low:
+            raise RegardError(f"'s2' needs {name} of at least {low}, got {value}")
+    step = 0 if homogeneous else max(1, stride // heads)
+    rules = [BothSides(block, local, stride, head * step + offset) for head in range(heads)]
+    return Pattern.stack_heads(Pattern((rule,), cut=False) for rule in rules)
+
+
+@dataclass(frozen=True)
+class BothSides(Rule):
+    """One head of `bidirectional`."""
+
+    block: int
+    local: tuple[int, int]
+    stride: int
+    phase: int
+
+    def __call__(self, q: Tensor, k: Tensor) -> Tensor:
+        """Whether queries at `q` see keys at `k`, elementwise."""
+        return self.cover(q, q, k, k)[0]
+
+    def cover(self, q_low: Tensor, q_high: Tensor, k_low: Tensor, k_high: Tensor) -> Pair:
+        """Whether any, and whether all pairs of positions `q_low..q_high` and `k_low..k_high` are allowed."""
+        left, right = self.local
+        least, most = k_low // self.block - q_high // self.block, k_high // self.block - q_low // self.block
+        near = (least < right) & (most > -left)
+        behind = self._hit((1 - left - most).clamp(min=1), 1 - left - least)
+        some = near | behind | self._hit((least - right + 1).clamp(min=1), most - right + 1)
+        return some, some & ((least == most) | ((least > -left) & (most < right)))
+
+    def _hit(self, first: Tensor, last: Tensor) -> Tensor:
+        """Whether any of the distances `first..last` past the window falls on the stride."""
+        multiples = (last + self.phase) // self.stride - (first - 1 + self.phase) // self.stride
+        return (last >= first) & (multiples > 0)

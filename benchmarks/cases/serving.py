@@ -1,0 +1,155 @@
+"""Whole models with random weights: tokens a second and bytes, by recipe and length, through `attach` and `generate`.
+
+Random weights do not change what is computed: sizes are those of SmolLM2-135M and of Llama-3-8B. DuoAttention's gates
+are drawn, half of the KV heads of the whole model stream. Dense is the model alone, with transformers' own cache.
+A step is timed from one token to the next, device finished; the first ones are left out. On a CPU only with `tiny=1`.
+"""
+
+import gc
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+import regard
+from regard.adapters.memory import live_bytes
+from regard.core.errors import RegardError
+from regard.measure.seconds import spread
+from regard.recipes.recipe import Recipe, place
+from regard.search import facts
+
+SHAPES = {
+    "SmolLM2-135M": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "vocab_size": 49152,
+    },
+    "Llama-3-8B": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256,
+    },
+    "tiny": {
+        "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 128,
+    },
+}  # fmt: skip
+WARM = 4  # tokens left out: buffers grow, kernels compile
+
+
+class Clock(StoppingCriteria):
+    """Notes the time after every token; the allocator's peak begins anew after the first."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.prefill = 0
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        if ids.is_cuda:
+            torch.cuda.synchronize()
+            if not self.times:
+                self.prefill = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+
+def run(
+    tiny: int = 0, length: int = 0, new: int = 36, shape: int = -1, part: int = -1
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A row for every shape, length and recipe.
+
+    Args:
+        tiny: 1: the smallest shape and 300 tokens, to show that it runs.
+        length: tokens of the prompt; 0: 32,768 and 131,072.
+        new: tokens generated.
+        shape: which of `SHAPES`; -1: the first two.
+        part: which recipe; -1: all.
+
+    Raises:
+        RegardError: there is no GPU and `tiny` is 0, or fewer new tokens than are left out.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and not tiny:
+        raise RegardError("this needs a GPU; tiny=1 runs the smallest shape anywhere")
+    if new < WARM + 2:
+        raise RegardError(f"new must be at least {WARM + 2}, got {new}")
+    names = ["tiny"] if tiny else list(SHAPES)[:2] if shape < 0 else [list(SHAPES)[shape]]
+    lengths = (length or 300,) if tiny else (length,) if length else (32_768, 131_072)
+    told = facts.machine(SimpleNamespace(device=device)) | {"new": new, "left out": WARM, "shapes": SHAPES}
+    rows = []
+    for name in names:
+        model = made(name, max(lengths) + new, device)
+        chosen = recipes(model, "tiny" if tiny else "")
+        for tokens in lengths:
+            some = list(chosen.items()) if part < 0 else [list(chosen.items())[part]]
+            rows += [measured(model, name, tokens, new, label, recipe) for label, recipe in some]
+        del model
+    for row in rows:
+        dense = [r for r in rows if (r["model"], r["tokens"], r["recipe"]) == (row["model"], row["tokens"], "dense")]
+        for figure in ("tokens a second", "cache MiB", "peak MiB"):
+            row[f"{figure} / dense"] = row[figure] / dense[0][figure] if dense else float("nan")
+    return told, rows
+
+
+def made(name: str, length: int, device: torch.device) -> LlamaForCausalLM:
+    """A model with random weights, made where it runs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPES[name], max_position_embeddings=length, rope_theta=500_000.0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if device.type == "cpu" else torch.bfloat16)
+    try:
+        with device:
+            return LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def recipes(model: LlamaForCausalLM, small: str) -> dict[str, Recipe | None]:
+    """What is compared."""
+    config = model.config
+    drawn = torch.Generator().manual_seed(0)
+    gates = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=drawn)
+    sizes = {"sink": 8, "recent": 32} if small else {}
+    duo, int4 = place("duo", gates=gates, sparsity=0.5, **sizes), place("saw_int4")
+    return {"dense": None, "duo": Recipe([duo]), "int4": Recipe([int4]), "duo + int4": Recipe([duo, int4])}
+
+
+def measured(
+    model: LlamaForCausalLM, name: str, tokens: int, new: int, label: str, recipe: Recipe | None
+) -> dict[str, Any]:
+    """One request of one row."""
+    device = model.device
+    drawn = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=drawn).to(device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    clock, began = Clock(), time.perf_counter()
+    call = {
+        "attention_mask": torch.ones_like(ids), "max_new_tokens": new, "min_new_tokens": new, "do_sample": False,
+        "stopping_criteria": StoppingCriteriaList([clock]), "return_dict_in_generate": True, "pad_token_id": 0,
+    }  # fmt: skip
+    if recipe is None:
+        out = model.generate(ids, **call)
+    else:
+        with regard.attach(model, recipe):
+            out = model.generate(ids, **call)
+    held = live_bytes(out.past_key_values)
+    steps = [b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :], strict=False)]
+    step = spread(steps)
+    return {
+        "model": name,
+        "tokens": tokens,
+        "recipe": label,
+        "prefill s": clock.times[0] - began,
+        "tokens a second": 1 / step.median,
+        "step ms": step.median * 1e3,
+        "step mad": step.mad * 1e3,
+        "cache MiB": held / 2**20,
+        "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan"),
+        "prefill peak MiB": clock.prefill / 2**20,
+        "weights MiB": sum(p.nbytes for p in model.parameters()) / 2**20,
+        "steps": steps,
+    }
