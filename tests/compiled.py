@@ -75,7 +75,9 @@ def kernels() -> set[str]:
                 made.add(node.name)
                 calls = [part.func for part in ast.walk(node) if isinstance(part, ast.Call)]
                 called |= {name.id for name in calls if isinstance(name, ast.Name)}
-                called |= {name.attr for name in calls if isinstance(name, ast.Attribute)}
+                called |= {
+                    name.attr for name in calls if isinstance(name, ast.Attribute) and ast.unparse(name.value) != "tl"
+                }
     return made - called
 
 

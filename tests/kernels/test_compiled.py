@@ -14,7 +14,7 @@ ALLOWED = {
     ("solve", 128, False): 360, ("gates", 128, False): 160, ("gates", 256, False): 256, ("back", 128, False): 48,
     ("sweep", 128, False): 104, ("sweep", 256, False): 264, ("mend", 256, None): 296,
     ("mend_gradients", 256, False): 112, ("sweep", 64, True): 360, ("back", 64, True): 280, ("join", 128, None): 600,
-    ("_read", None, None): 96,  # before and after the loop
+    ("_read_codes", None, None): 96,  # before and after the loop
 }  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def _run(
     out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
     # Along the line either the worker or the output changes from one piece to the next: their sum names a piece.
     part, stats = (q.new_empty(programs + B * Hk, rows, n, dtype=torch.float32) for n in (Dv, 2))
-    _read[(programs,)](
+    _read_codes[(programs,)](
         q, *_words(keys, key), *_words(values, value), part, stats, lengths, pages, positions, q_positions,
         B, Hk, room, T, scale, sink, recent, *_rows(keys), *_rows(values), 0 if pages is None else pages.stride(0),
         *_shared(positions, 3), _shared(q_positions, 2)[0], *q.stride(),
@@ -199,7 +199,7 @@ def write(
     B, Hk, T, D = k.shape
     several = isinstance(start, Tensor)
     tokens = min(16, _power(T))
-    _write[(-(-T // tokens), B * Hk, 2)](
+    _write_codes[(-(-T // tokens), B * Hk, 2)](
         k, v, *_pair(keys), *_pair(values), start if several else None, pages,
         Hk, T, 0 if several else start, *_rows(keys), *_rows(values), 0 if pages is None else pages.stride(0),
         *k.stride(), *v.stride(), D=D, DV=v.shape[-1], TOKENS=tokens,
@@ -266,7 +266,7 @@ def _shared(x: Tensor | None, dims: int) -> tuple[int, ...]:
     "va_row", "va_head", "pages_row", "at_row", "at_head", "at_key", "asked_row", "q_row", "q_head", "q_token",
     "q_channel",
 ])  # fmt: skip
-def _read(
+def _read_codes(
     Q, K, KA, V, VA, PART, STATS, LENGTHS, PAGES, POSITIONS, ASKED, batch, heads, room, T, scale, sink, recent,
     k_row, k_head, ka_row, ka_head, v_row, v_head, va_row, va_head, pages_row,
     at_row, at_head, at_key, asked_row, q_row, q_head, q_token, q_channel,
@@ -491,7 +491,7 @@ def _merge(
     "heads", "T", "start", "k_row", "k_head", "ka_row", "ka_head", "v_row", "v_head", "va_row", "va_head",
     "pages_row", "xk_row", "xk_head", "xk_token", "xk_channel", "xv_row", "xv_head", "xv_token", "xv_channel",
 ])  # fmt: skip
-def _write(
+def _write_codes(
     XK, XV, K, KA, V, VA, STARTS, PAGES, heads, T, start,
     k_row, k_head, ka_row, ka_head, v_row, v_head, va_row, va_head, pages_row,
     xk_row, xk_head, xk_token, xk_channel, xv_row, xv_head, xv_token, xv_channel,
