@@ -75,7 +75,8 @@ def kernels() -> set[str]:
                 made.add(node.name)
                 calls = [part for part in ast.walk(node) if isinstance(part, ast.Call)]
                 called |= {call.func.id for call in calls if isinstance(call.func, ast.Name)}
-                called |= {call.func.attr for call in calls if isinstance(call.func, ast.Attribute)}
+                ours = [part.func for part in calls if isinstance(part.func, ast.Attribute)]
+                called |= {name.attr for name in ours if ast.unparse(name.value) != "tl"}
                 called |= {name for call in calls for name in _partitions(call)}
     return made - called
 

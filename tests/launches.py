@@ -140,3 +140,29 @@ def attend_blocks_on_hopper() -> None:
 def attend_lengths() -> None:
     for B, T, S in [(1, 16384, 16384), (1, 16384 + 1, 512), (3, 100, 7), (1, 1, 1), (16, 16, 16)]:
         _attend(B, 8, 2, T, S, 64, torch.bfloat16, False, None)
+
+
+def saw_int4() -> None:
+    from regard.core.store import Form
+    from regard.kernels.cache.saw_int4 import read, write
+
+    def made(form: Form | None, B: int, S: int, D: int) -> tuple[Tensor, ...]:
+        if form is None:
+            return (_empty(B, 8, S, D),)
+        return _empty(B, 8, S, D * form.bits // 8, dtype=torch.uint8), _empty(B, 8, S, 2, dtype=torch.float32)
+
+    four, eight, plain = Form(4, 64), Form(8, 64), Form(4, 1)
+    for D, T, key, value in [(128, 1, Form(4, 128), plain), (64, 1, four, plain), (128, 1, plain, plain),
+                             (128, 4, Form(4, 128), plain), (64, 8, plain, plain), (64, 16, plain, plain),
+                             (256, 1, plain, plain),
+                             (128, 1, eight, eight), (128, 1, None, four), (128, 1, plain, None)]:  # fmt: skip
+        fields = made(key, 8, 32768, D), made(value, 8, 32768, D)
+        read(_empty(8, 32, T, D), *fields, key=key, value=value, scale=0.1)
+        write(*(_empty(8, 8, T, D) for _ in range(2)), *fields, key=key, value=value, start=100)
+    fields = made(four, 100, 64, 64), made(plain, 100, 64, 64)
+    table, long = _empty(8, 512, dtype=torch.int32), _empty(1, 32768, dtype=torch.int64)
+    read(_empty(8, 32, 1, 64), *fields, key=four, value=plain, scale=0.1, pages=table, lengths=table[:, 0])
+    fields = made(four, 8, 32768, 64), made(plain, 8, 32768, 64)
+    where = {"positions": long, "q_positions": long[:, :1], "sink": 4, "recent": 100}
+    read(_empty(8, 32, 1, 64), *fields, key=four, value=plain, scale=0.1, **where)
+    write(*(_empty(8, 8, 1000, 64) for _ in range(2)), *fields, key=four, value=plain)

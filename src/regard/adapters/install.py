@@ -21,7 +21,8 @@ from regard.adapters.memory import live_bytes
 from regard.adapters.requests import Requests
 from regard.core.errors import RegardError
 from regard.core.placement import Placement
-from regard.core.slots import Contrast
+from regard.core.slots import Contrast, Slots
+from regard.primitives import codes
 
 
 def install(
@@ -195,7 +196,9 @@ class Handle:
         lines = [f"{type(self.model).__name__}: family {self.decoder.family}, own attention {self._implementation}"]
         if self._bound.contrast is not None:
             lines.append(f"logits: {self._bound.contrast.name}")
-        said = [f"own attention ({self._implementation})" if slots is None else str(slots) for slots in self.slots]
+        said = [
+            f"own attention ({self._implementation})" if slots is None else self._told(slots) for slots in self.slots
+        ]
         start = 0
         for stop in range(1, len(said) + 1):
             if stop == len(said) or said[stop] != said[start]:
@@ -203,6 +206,17 @@ class Handle:
                 lines.append(f"{span}: {said[start]}")
                 start = stop
         return "\n".join(lines)
+
+    def _told(self, slots: Slots) -> str:
+        """A layer's Slots, and how short forwards read what it holds in codes."""
+        weight = next(self.model.parameters())
+        q = weight.new_empty(1, self.decoder.heads, 1, self.decoder.head_dim)
+        read = {
+            codes.told(q, self.decoder.kv_heads, slots.pattern.head(head), key, value): None
+            for head, (key, value) in enumerate(zip(slots.key_codec, slots.value_codec, strict=True))
+            if key or value
+        }
+        return "; ".join([str(slots), *read])
 
     @eager
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -18,6 +18,68 @@ def _same(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Form:
+    """What a kernel needs to know of two fields: codes uint8 `[B, Hk, T, *]`, `(s, lo)` float32 `[B, Hk, T, 2]`.
+
+    Args:
+        bits: of a code, 4 or 8. Four bits are packed, number i below number i + D/2.
+        order: of the block-diagonal Hadamard rotation that vectors went through; 1: none.
+    """
+
+    bits: int
+    order: int
+
+
+class Kernels(Protocol):
+    """Kernels that read and write codes where they lie. `keys`, `values` are fields; a Form of None: as they come."""
+
+    def refuses(self, q: Tensor, keys: Fields, values: Fields, key: Form | None, value: Form | None, /) -> str | None:
+        """Why `read` cannot do this call, or None."""
+        ...
+
+    def read(
+        self,
+        q: Tensor,
+        keys: Fields,
+        values: Fields,
+        *,
+        key: Form | None,
+        value: Form | None,
+        scale: float,
+        positions: Tensor | None = None,
+        q_positions: Tensor | None = None,
+        sink: int = 0,
+        recent: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Causal attention of `q [B, H, T, D]`, not rotated: `(out [B, H, T, Dv], lse [B, H, T])`.
+
+        `positions [1|B, S]` of the keys, negative: none; None: consecutive, ending with the last query. With `recent`,
+        queries see what lies less than that far back, and positions below `sink`.
+        """
+        ...
+
+    def refuses_write(
+        self, k: Tensor, v: Tensor, keys: Fields, values: Fields, key: Form | None, value: Form | None, /
+    ) -> str | None:
+        """Why `write` cannot do this call, or None."""
+        ...
+
+    def write(
+        self,
+        k: Tensor,
+        v: Tensor,
+        keys: Fields,
+        values: Fields,
+        *,
+        key: Form | None,
+        value: Form | None,
+        start: int = 0,
+    ) -> None:
+        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
 class Codec:
     """How vectors are written to a store and read back, one token and head at a time.
 
@@ -26,6 +88,7 @@ class Codec:
     `output` brings attention outputs back from the basis of decoded values. Encoding a token never
     looks at another token, so chunked writes equal one batched write. `straight(x)` is what decoding
     would give were nothing rounded: gradients flow through it (straight-through); None: they stop.
+    `kernels(x)` finds the kernels that know fields of `form` and run where `x` lies, or says why there are none.
     """
 
     name: str
@@ -34,6 +97,8 @@ class Codec:
     query: Callable[[Tensor], Tensor] = _same
     output: Callable[[Tensor], Tensor] = _same
     straight: Callable[[Tensor], Tensor] | None = None
+    form: Form | None = None
+    kernels: Callable[[Tensor], Kernels | str] | None = None
 
 
 class View(Protocol):

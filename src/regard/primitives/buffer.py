@@ -10,6 +10,7 @@ from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Codec, Fields
+from regard.primitives import codes
 from regard.primitives.merge import merge
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
@@ -61,6 +62,11 @@ class Buffer:
         for field, part in zip(self.fields, new, strict=True):
             field[:, :, self.size : stop].copy_(part.detach())
         self.size = stop
+
+    def room(self, tokens: int, like: Fields) -> Fields:
+        """The whole fields, with slots for `tokens` more from `size` on; where there are none yet, such as `like`."""
+        self._fit(self.size + tokens, like)
+        return self.fields
 
     def replace(self, fields: Fields) -> None:
         """Hold `fields`, which share no memory with the buffer, and nothing else."""
@@ -129,6 +135,10 @@ class Shown:
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of `q [B, H, T, D]`: `(out [B, H, T, Dv], lse [B, H, T])`."""
+        if index is None and bias is None and softcap is None:
+            read = self._read_codes(q, pattern, step, scale)
+            if read is not None:
+                return read
         positions = self.positions if index is None else self._places(step, q.device)
         k = self._held(self.key_fields, self.key_codec, self.live[0], q.dtype, index)
         v = self._held(self.value_fields, self.value_codec, self.live[1], q.dtype, index)
@@ -147,6 +157,16 @@ class Shown:
             k_positions=positions,
         )
         return out if self.value_codec is None else self.value_codec.output(out), lse
+
+    def _read_codes(self, q: Tensor, pattern: Pattern, step: Step, scale: float) -> tuple[Tensor, Tensor] | None:
+        """The same straight from codes, None where that cannot be."""
+        key, value = self.key_codec, self.value_codec
+        if (key is None and value is None) or (
+            torch.is_grad_enabled() and any(x.requires_grad for x in (q, *self.live))
+        ):
+            return None
+        call = {"positions": self.positions, "pattern": pattern, "step": step, "scale": scale}
+        return codes.read(q, self.key_fields, self.value_fields, key=key, value=value, **call)
 
     def attend_blocks(
         self,
@@ -275,15 +295,36 @@ class Container:
         Raises:
             RegardError: `step` does not go on where this store ends, or its rows or heads are not those held.
         """
+        self._check(k, step)
+        both = codes.encoded(k, v, self.key_codec, self.value_codec)
+        keys, values = both or (written(k, self.key_codec), written(v, self.value_codec))
+        self._split = len(keys)
+        return keys + values
+
+    def place(self, k: Tensor, v: Tensor, step: Step) -> bool:
+        """Store `k`, `v` behind what the buffer holds, as codes and in one launch; False where that cannot be.
+
+        Raises:
+            RegardError: as `write`.
+        """
+        self._check(k, step)
+        found = None if torch.is_grad_enabled() else codes.writer(k, v, self.key_codec, self.value_codec)
+        if found is None:
+            return False
+        keys = codes.blank(k, self.key_codec, 0)
+        self._split = split = len(keys)
+        fields = self.buffer.room(k.shape[2], keys + codes.blank(v, self.value_codec, 0))
+        codes.write(found, k, v, fields[:split], fields[split:], self.key_codec, self.value_codec, self.buffer.size)
+        self.buffer.size += k.shape[2]
+        return True
+
+    def _check(self, k: Tensor, step: Step) -> None:
         if step.start != self.length:
             raise RegardError(f"a forward from arrival {step.start} on met a store that ends at {self.length}")
         for field in self.buffer.fields[:1]:
             if field.shape[:2] != k.shape[:2]:
                 given, held = tuple(k.shape[:2]), tuple(field.shape[:2])
                 raise RegardError(f"{given} (rows, heads) were written to a store of {held}")
-        keys = written(k, self.key_codec)
-        self._split = len(keys)
-        return keys + written(v, self.value_codec)
 
     def shown(self, fields: Fields, k: Tensor, v: Tensor, positions: Tensor | None) -> Shown:
         """The View of `fields`, whose last tokens are `k`, `v`."""

@@ -17,15 +17,15 @@ class Full(Container):
 
         Gradients flow through `k` and `v` of this forward; what was written earlier is detached.
         """
-        new = self.write(k, v, step)
-        if step.start == 0:
-            fields = new
-        elif torch.is_grad_enabled():
-            # Backward would find the buffer's own memory changed by the next append.
-            fields = joined(self.buffer.read(), new)
-        else:
-            fields = None
-        self.buffer.append(new)
+        fields = None
+        if not self.place(k, v, step):
+            new = self.write(k, v, step)
+            if step.start == 0:
+                fields = new
+            elif torch.is_grad_enabled():
+                # Backward would find the buffer's own memory changed by the next append.
+                fields = joined(self.buffer.read(), new)
+            self.buffer.append(new)
         self.length = step.stop
         positions = None if step.padding is None else step.positions(torch.arange(self.length, device=k.device))
         return self.shown(self.buffer.read() if fields is None else fields, k, v, positions)

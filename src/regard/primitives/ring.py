@@ -48,22 +48,22 @@ class Ring(Container):
 
         Gradients flow through `k` and `v` of this forward; what was written earlier is detached.
         """
-        new = self.write(k, v, step)
-        if step.padding is not None:
-            self.state["padding"] = step.padding
         size = self.buffer.size + k.shape[2]
         fits = self.recording or size <= (self.buffer.limit or 0)
-        if step.start == 0:
-            fields = new
-        elif torch.is_grad_enabled() or not fits:
-            fields = joined(self.buffer.read(), new)
-        else:
-            fields = None
+        fields, new = None, None
+        if not (fits and self.place(k, v, step)):
+            new = self.write(k, v, step)
+            if step.start == 0:
+                fields = new
+            elif torch.is_grad_enabled() or not fits:
+                fields = joined(self.buffer.read(), new)
+        if step.padding is not None:
+            self.state["padding"] = step.padding
         self.length = step.stop
         positions = self._positions(size, step, k.device)
-        if fits:
+        if fits and new is not None:
             self.buffer.append(new)
-        elif fields is not None:
+        elif not fits and fields is not None:
             self._evict(fields)
         return self.shown(self.buffer.read() if fields is None else fields, k, v, positions)
 

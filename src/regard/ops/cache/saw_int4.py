@@ -10,7 +10,8 @@ from torch import Tensor
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
 from regard.core.placement import Where
-from regard.core.store import Codec, Fields
+from regard.core.store import Codec, Fields, Form, Kernels
+from regard.kernels import device
 
 CARD = Card(
     title="SAW-INT4: System-Aware 4-Bit KV-Cache Quantization for Real-World LLM Serving",
@@ -93,7 +94,18 @@ def _codec(bits: int, order: int, D: int) -> Codec | None:
         query=rotate,
         output=rotate,
         straight=rotate,
+        form=Form(bits, order),
+        kernels=_kernels,
     )
+
+
+def _kernels(x: Tensor) -> Kernels | str:
+    """What reads and writes these codes on the device of `x`, or why nothing does."""
+    if why := device.refuses(x):
+        return why
+    from regard.kernels.cache import saw_int4
+
+    return saw_int4
 
 
 def _encode(x: Tensor, order: int, bits: int) -> Fields:

@@ -51,11 +51,7 @@ CARD = Card(
 )
 BACKENDS = ("auto", "dense", "gather", "block")
 FLOOR = 1e-5  # of the denominator, in the current release
-FEATURES = {
-    "softmax": lambda x: torch.softmax(x, -1),
-    "elu": lambda x: F.elu(x) + 1,
-    "relu": torch.relu,
-}
+FEATURES = {"softmax": lambda x: torch.softmax(x, -1), "elu": lambda x: F.elu(x) + 1, "relu": torch.relu}
 
 
 def attend(
@@ -227,8 +223,7 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout):
         *given, bias = ctx.saved_tensors
-        leaves = [x.detach().requires_grad_() for x in given]
-        q, k, v, weight = leaves
+        q, k, v, weight = leaves = [x.detach().requires_grad_() for x in given]
         with torch.enable_grad():
             call = {"size": (1, 1), "semantics": "all", "features": ctx.features}
             out = linear(q, k, v, None, weight.to(q.dtype), **call)
@@ -239,9 +234,9 @@ class _Linear(torch.autograd.Function):
 
 def _check(q: Tensor, k: Tensor, v: Tensor, weight: Tensor, bias: Tensor | None, size: tuple[int, int]) -> None:
     """Raise RegardError for arguments that do not belong together."""
-    four = q.dim() == k.dim() == v.dim() == 4 and 0 not in (*q.shape, *k.shape, *v.shape)
+    shapes = [list(x.shape) for x in (q, k, v)]
+    four = q.dim() == k.dim() == v.dim() == 4 and not any(0 in shape for shape in shapes)
     if not (four and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):
-        shapes = [list(x.shape) for x in (q, k, v)]
         raise RegardError(f"q [B, H, N, D], k [B, Hk, S, D] and v [B, Hk, S, Dv] disagree or are empty: got {shapes}")
     group_size(q, k)
     wide = v.shape[3]

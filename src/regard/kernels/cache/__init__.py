@@ -1,0 +1,1 @@
+"""Keys and values as codes on a GPU: written and read without ever being decoded."""
