@@ -166,3 +166,11 @@ def saw_int4() -> None:
     where = {"positions": long, "q_positions": long[:, :1], "sink": 4, "recent": 100}
     read(_empty(8, 32, 1, 64), *fields, key=four, value=plain, scale=0.1, **where)
     write(*(_empty(8, 8, 1000, 64) for _ in range(2)), *fields, key=four, value=plain)
+
+
+def sla() -> None:
+    from regard.kernels.sparsity.sla import linear
+
+    for D, dtype in [(128, torch.bfloat16), (64, torch.float16), (128, torch.float32)]:
+        q = _empty(1, 12, 32_760, D, dtype=dtype)
+        linear(q, q, q, _empty(D, D, dtype=dtype), q, _empty(D, dtype=dtype), features="softmax", floor=1e-5)

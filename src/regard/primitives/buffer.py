@@ -307,10 +307,10 @@ class Container:
         Raises:
             RegardError: as `write`.
         """
-        self._check(k, step)
         found = None if torch.is_grad_enabled() else codes.writer(k, v, self.key_codec, self.value_codec)
         if found is None:
             return False
+        self._check(k, step)
         keys = codes.blank(k, self.key_codec, 0)
         self._split = split = len(keys)
         fields = self.buffer.room(k.shape[2], keys + codes.blank(v, self.value_codec, 0))

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
+from regard.ops.cascades import Cascade, Einsum
 from regard.ops.schedules import fusemax
-from regard.primitives.cascades import Cascade, Einsum
 
 
 def inputs(B=1, H=1, Hk=1, T=6, S=24, D=4, Dv=5, dtype=torch.float64):

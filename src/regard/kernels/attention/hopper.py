@@ -151,7 +151,7 @@ def advance(
 
 
 @gluon.jit
-def finish(out, total, top, out_desc, LSE, o_tile, place, own, T, DTYPE: gl.constexpr, DIM: gl.constexpr):
+def finish_rows(out, total, top, out_desc, LSE, o_tile, place, own, T, DTYPE: gl.constexpr, DIM: gl.constexpr):
     """Write the output of 64 rows at `place`, and their lse at `own`, behind `LSE`."""
     FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, DIM], DTYPE)
     empty = total == 0.0
@@ -255,7 +255,7 @@ def attend_half(
             step += 1
         mbarrier.arrive(q_empty.index(0), count=1)
         out, total, top = last_product(state, step, v_tiles, v_full, v_empty, STAGES)
-        finish(out, total, top, out_desc, LSE + lse_at, o_tiles.index(OWN), place, own, T, DTYPE, DIM)
+        finish_rows(out, total, top, out_desc, LSE + lse_at, o_tiles.index(OWN), place, own, T, DTYPE, DIM)
         part = next_part
         turn += 1  # noqa: SIM113 - a kernel has no enumerate
     tma.store_wait(0)

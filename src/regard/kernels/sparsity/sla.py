@@ -1,7 +1,7 @@
 """SLA's linear part over all tokens, each of q, k, v and the output read or written once.
 
-`summarise` makes `h = phi(k)^T v` and `z = sum phi(k)` in pieces of the tokens; `finish` reads them with phi(q) and
-adds what the exact part found. Features are computed where they are used and never stored.
+`sum_products` makes `h = phi(k)^T v` and `z = sum phi(k)` in pieces of the tokens; `read_products`
+reads them with phi(q) and adds what the exact part found. Features are computed where they are used and never stored.
 """
 
 import torch
@@ -37,20 +37,21 @@ def linear(
     q, k, v, exact = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, exact))
     (B, H, N, D), (Hk, S, Dv) = q.shape, (k.shape[1], k.shape[2], v.shape[3])
     kind = FEATURES.index(features)
-    pieces = max(1, min(-(-S // ROWS), PROGRAMS // (B * Hk)))
-    span = -(-S // (pieces * ROWS)) * ROWS
+    precise = q.dtype == torch.float32
+    rows = min(ROWS, 32) if precise else ROWS  # three products for one take registers and shared memory
+    pieces = max(1, min(-(-S // rows), PROGRAMS // (B * Hk)))
+    span = -(-S // (pieces * rows)) * rows
     h = torch.empty(B, Hk, pieces, D, Dv, dtype=torch.float32, device=q.device)
     z = torch.empty(B, Hk, pieces, D, dtype=torch.float32, device=q.device)
-    precise = q.dtype == torch.float32
-    summarise[(pieces, Hk, B)](
+    sum_products[(pieces, Hk, B)](
         k, v, h, z, k.stride()[:3], v.stride()[:3], Hk, S, span,
-        D=D, DV=Dv, ROWS=ROWS, KIND=kind, EXACT=precise, num_warps=8, num_stages=2,
+        D=D, DV=Dv, ROWS=rows, KIND=kind, EXACT=precise, num_warps=8, num_stages=1 if precise else 2,
     )  # fmt: skip
     read = (h.sum(2) @ weight.float().mT).to(q.dtype)
     out = torch.empty_like(exact)
-    finish[(-(-N // ROWS), H, B)](
+    read_products[(-(-N // rows), H, B)](
         q, read, z.sum(2), exact, bias, out, q.stride()[:3], exact.stride()[:3], out.stride()[:3], Hk, N, floor,
-        D=D, DV=Dv, ROWS=ROWS, GROUP=H // Hk, KIND=kind, EXACT=precise, num_warps=8, num_stages=1,
+        D=D, DV=Dv, ROWS=rows, GROUP=H // Hk, KIND=kind, EXACT=precise, num_warps=8, num_stages=1,
     )  # fmt: skip
     return out
 
@@ -69,12 +70,12 @@ def phi(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def summarise(
+def sum_products(
     K, V, H, Z, sk, sv, heads, tokens, span,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, KIND: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """`span` tokens of one head: H `[B, heads, pieces, D, DV]`, Z `[B, heads, pieces, D]`."""
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     rows, dims, columns = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, DV)
     h, z = tl.zeros((D, DV), tl.float32), tl.zeros((D,), tl.float32)
@@ -95,13 +96,13 @@ def summarise(
 
 
 @triton.jit
-def finish(
+def read_products(
     Q, READ, Z, ADDED, BIAS, OUT, sq, sa, so, heads, tokens, floor,
     D: tl.constexpr, DV: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, KIND: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head; READ `[B, heads, D, DV]` and Z `[B, heads, D]` belong to `GROUP` heads each."""
-    PRECISION: tl.constexpr = "ieee" if EXACT else "tf32"
+    PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at, dims, columns = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, D), tl.arange(0, DV)
     ok = at[:, None] < tokens

@@ -19,7 +19,8 @@ CARD = Card(
     exact=False,
     saving="memory",
     departures=(
-        "No block-sparse kernel yet: a prefill gathers the blocks that each block of queries sees.",
+        "On a GPU its blocks are read by kernels over lists of 128 by 128; blocks of 64 waste part of what is read. "
+        "Elsewhere a prefill gathers the blocks that each block of queries sees.",
         "Where KV heads are fewer than the stride, official phases leave blocks that no head sees: refused, or "
         "filled by giving each head several phases.",
         "The bidirectional form counts its stride from the end of the window, and shifts it by head as the causal one "

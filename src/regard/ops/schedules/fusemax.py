@@ -6,7 +6,7 @@ from torch import Tensor
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
 from regard.core.shapes import group_size
-from regard.primitives.cascades import Cascade, Einsum
+from regard.ops.cascades import Cascade, Einsum
 
 CARD = Card(
     title="FuseMax: Leveraging Extended Einsums to Optimize Attention Accelerator Design",

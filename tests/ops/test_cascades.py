@@ -3,7 +3,7 @@
 import pytest
 
 from regard import RegardError
-from regard.primitives.cascades import Cascade, Einsum
+from regard.ops.cascades import Cascade, Einsum
 
 SIZES = {"m": 10, "p": 3}
 MEAN = Einsum("S", ("p",), ("X",), "add")
