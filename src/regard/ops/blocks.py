@@ -55,7 +55,7 @@ def run(
     # Full attention does not place its queries among the keys: more queries than keys are no padding there.
     first = max(0, keys - rows) if pattern.is_full else keys - rows
     if q_positions is None and k_positions is None and first == keys - rows:
-        blocks = build(pattern, rows, keys, SIZE, device=q.device)
+        blocks = device.keep_for_graphs(build(pattern, rows, keys, SIZE, device=q.device), q.device)
     else:
         at = torch.arange(first, first + rows, device=q.device)[None] if q_positions is None else q_positions
         keys_at = torch.arange(keys, device=q.device)[None] if k_positions is None else k_positions
