@@ -20,7 +20,7 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.rules import Rule
-from regard.primitives.cuts import EMPTY, WHOLE, classes, cuts, joined, unpack
+from regard.primitives.cuts import EMPTY, WHOLE, classes, cuts, doubled, joined, unpack
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -46,7 +46,8 @@ class BlockList:
         keys: number of keys; those past it are never seen, so a last block that is not filled is cut.
         full: `[1|B, 1|Hk|H, Mb]` int32, how many entries of `index` are whole. They come first.
         count: the same shape, all entries.
-        index: `[.., Mb, n]` int32, blocks of keys, ascending among whole and among cut ones; 0 beyond `count`.
+        index: `[.., Mb, n]` int32, blocks of keys, ascending among whole and among cut ones; 0 beyond `count`. A
+            block may be listed twice, cut in two ways that share no pair.
         part: `[.., Mb, n]` int32: -1 whole; `p >= 0`: cut as row p of `bounds` says; `-2 - p`: as row p of `bits`.
         bounds: `[P, M, 2]` int16: row i of the block sees its keys `lo <= j < hi` (0, 0 where it sees none).
         bits: `[P, M, N / 32]` int32: bit `j % 32` of word `j // 32` says whether row i sees key j; P is 0 where no
@@ -119,8 +120,8 @@ class BlockList:
         masks[spans] = (low[..., None] <= j) & (j < high[..., None])
         masks[others] = unpack(self.bits[-2 - part[others]])
         batch, heads = self.count.shape[:2]
-        dense = masks.new_zeros(batch * heads, row_blocks, key_blocks, M, N)
-        dense[lead, row, column] = masks
+        dense = torch.zeros(batch * heads, row_blocks, key_blocks, M, N, dtype=torch.uint8, device=part.device)
+        dense = dense.index_put_((lead, row, column), masks.byte(), accumulate=True).bool()
         dense = dense.transpose(2, 3).reshape(batch, heads, row_blocks * M, key_blocks * N)
         return dense[:, :, : self.rows, : self.keys]
 
@@ -190,7 +191,7 @@ def listed(lead: Tensor, block: Tensor, other: Tensor, part: Tensor, shape: tupl
     batch, heads, blocks = shape
     lists, widest = batch * heads * blocks, int(other.max()) + 1 if len(other) else 1
     group = lead * blocks + block
-    order = ((group * 2 + (part != WHOLE)) * widest + other).argsort()
+    order = ((group * 2 + (part != WHOLE)) * widest + other).argsort(stable=True)
     group, other, part = group[order], other[order], part[order]
     count = torch.bincount(group, minlength=lists)
     full = torch.bincount(group[part == WHOLE], minlength=lists)
@@ -315,9 +316,9 @@ def _build(pattern: Pattern, q_pos: Tensor, k_pos: Tensor, size: tuple[int, int]
     places: dict[tuple[Rule, int], int] = {}
     of = [places.setdefault((rule, h if spread else 0), len(places)) for h, rule in enumerate(rules)]
     found = [_search(rule, rows, keys[h]) for rule, h in places]
-    parts, bounds, bits = joined([cut for _, cut in found])
+    ats, parts, bounds, bits = doubled([at for at, _ in found], *joined([cut for _, cut in found]))
     batch, blocks = max(len(q_pos), len(k_pos)), rows.low.shape[1]
-    made = [listed(*at, part, (batch, 1, blocks)) for (at, _), part in zip(found, parts, strict=True)]
+    made = [listed(b, r, c, part, (batch, 1, blocks)) for (b, r, c), part in zip(ats, parts, strict=True)]
     of = of if len(made) > 1 else of[:1]
     full, count, index, part = beside([made[i] for i in of])
     if heads is not None and 1 < len(of) < heads:

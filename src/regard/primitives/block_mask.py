@@ -6,7 +6,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from regard.core.errors import RegardError
 from regard.primitives.block_list import BlockList, check_size, listed
-from regard.primitives.cuts import EMPTY, WHOLE, cuts, joined
+from regard.primitives.cuts import EMPTY, WHOLE, cuts, doubled, joined
 
 
 def read(mask: BlockMask) -> BlockList:
@@ -34,7 +34,7 @@ def read(mask: BlockMask) -> BlockList:
     kept = part != EMPTY
     b, h, r, c = torch.cat((whole, cut[kept])).unbind(1)
     part = torch.cat((torch.full_like(whole[:, 0], WHOLE), part[kept]))
-    (part,), bounds, bits = joined([(part, bounds, bits)])
+    ((b, h, r, c),), (part,), bounds, bits = doubled([(b, h, r, c)], *joined([(part, bounds, bits)]))
     lists = listed(b * heads + h, r, c, part, (batch, heads, row_blocks))
     return BlockList(size, rows, keys, *lists, bounds, bits)
 
@@ -56,19 +56,28 @@ def written(blocks: BlockList, heads: int | None) -> BlockMask:
     group = 1 if heads is None or lists == 1 else heads // lists
     (M, N), (_, key_blocks) = blocks.size, blocks.blocks
     lead, row, column, part = blocks.entries()
-    table = torch.full((batch, lists, row_blocks, key_blocks), EMPTY, device=part.device)
-    table[lead // lists, lead % lists, row, column] = part
+    # Entries of a block that is listed twice lie side by side.
+    place = (lead * row_blocks + row) * key_blocks + column
+    again = torch.zeros_like(place, dtype=torch.bool)
+    again[1:] = place[1:] == place[:-1]
+    table = torch.full((2, batch, lists, row_blocks, key_blocks), EMPTY, device=part.device)
+    table[again.long(), lead // lists, lead % lists, row, column] = part
+    twice = bool(again.any())
 
     bits = blocks.bits if len(blocks.bits) else blocks.bits.new_zeros(1, *blocks.bits.shape[1:])
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        own = table[b if batch > 1 else 0, h // group if lists > 1 else 0, q_idx // M, kv_idx // N]
+        at = (b if batch > 1 else 0, h // group if lists > 1 else 0, q_idx // M, kv_idx // N)
         i, j = q_idx % M, kv_idx % N
-        bounds = blocks.bounds[own.clamp(min=0), i]
-        word = bits[(-2 - own).clamp(0, len(bits) - 1), i, j // 32]
-        bit = ((word >> (j % 32)) & 1).bool()
-        inside = (bounds[..., 0] <= j) & (j < bounds[..., 1])
-        return (own == WHOLE) | torch.where(own >= 0, inside, (own != EMPTY) & bit)
+
+        def seen(own: Tensor) -> Tensor:
+            bounds = blocks.bounds[own.clamp(min=0), i]
+            word = bits[(-2 - own).clamp(0, len(bits) - 1), i, j // 32]
+            bit = ((word >> (j % 32)) & 1).bool()
+            inside = (bounds[..., 0] <= j) & (j < bounds[..., 1])
+            return (own == WHOLE) | torch.where(own >= 0, inside, (own != EMPTY) & bit)
+
+        return seen(table[0][at]) | seen(table[1][at]) if twice else seen(table[0][at])
 
     def numbered(chosen: Tensor) -> tuple[Tensor, Tensor]:
         at = (lead[chosen], row[chosen], column[chosen])
@@ -76,7 +85,7 @@ def written(blocks: BlockList, heads: int | None) -> BlockMask:
         index = torch.nn.functional.pad(index, (0, key_blocks - index.shape[-1]))
         return count.repeat_interleave(group, 1), index.repeat_interleave(group, 1)
 
-    some, every = numbered(part != WHOLE), numbered(part == WHOLE)
+    some, every = numbered((part != WHOLE) & ~again), numbered(part == WHOLE)
     return BlockMask.from_kv_blocks(
         *some, *every, BLOCK_SIZE=(M, N), mask_mod=mask_mod, seq_lengths=(blocks.rows, blocks.keys)
     )

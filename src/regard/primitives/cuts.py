@@ -1,8 +1,9 @@
 """How blocks are cut: masks of blocks as rows of `bounds` or `bits`, equal ones once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WHOLE = -1
@@ -10,7 +11,10 @@ WHOLE = -1
 EMPTY = -(2**31)
 # Pairs looked at together: 64 MiB of positions.
 LIMIT = 2**23
+# Blocks are listed twice instead of needing bits, if it is one in so many at most.
+TWICE = 8
 
+Places = tuple[Tensor, ...]
 # `masks(start, stop) -> (mask [E, M, N], loose [E, M])`: who sees whom in blocks start..stop-1, and rows that may see
 # anything because they are not stored.
 Masks = Callable[[int, int], tuple[Tensor, Tensor]]
@@ -37,9 +41,7 @@ def cuts(masks: Masks, count: int, size: tuple[int, int], device: torch.device) 
 
 def _slice(mask: Tensor, loose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     N = mask.shape[-1]
-    j = torch.arange(N, device=mask.device)
-    high = torch.where(mask, (j + 1).to(torch.int16), 0).amax(-1)
-    low = torch.where(mask, j.to(torch.int16), N).amin(-1).where(high > 0, 0)
+    low, high = _ends(mask)
     seen = mask.sum(-1)
     run = (high - low == seen).all(-1)
     whole, empty = ((seen == N) | loose).all(-1), (seen == 0).all(-1)
@@ -49,6 +51,14 @@ def _slice(mask: Tensor, loose: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     part[spans] = torch.arange(len(spans), device=mask.device)
     part[others] = -2 - torch.arange(len(others), device=mask.device)
     return once(part, bounds, bits)
+
+
+def _ends(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The first entry that is True along the last dimension, and the one after the last; 0 and 0 where none is."""
+    j = torch.arange(mask.shape[-1], device=mask.device)
+    high = torch.where(mask, (j + 1).to(torch.int16), 0).amax(-1)
+    low = torch.where(mask, j.to(torch.int16), mask.shape[-1]).amin(-1).where(high > 0, 0)
+    return low, high
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -79,6 +89,37 @@ def joined(found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[Tensor], Te
     # No row of bits says to a kernel, without a look at the device, that no block needs them.
     bounds = bounds if len(bounds) else bounds.new_zeros(1, *bounds.shape[1:])
     return list(part.split([len(p) for p in parts])), bounds, bits
+
+
+def doubled(
+    ats: Sequence[Places], parts: Sequence[Tensor], bounds: Tensor, bits: Tensor
+) -> tuple[list[Places], list[Tensor], Tensor, Tensor]:
+    """Entries at `ats`, `parts` without bits, where few need them and each is two runs a row: listed twice, once a run.
+
+    A kernel compiled for bits pays for them in every block that is cut.
+    """
+    words = [part < WHOLE for part in parts]
+    few = len(bits) and TWICE * sum(int(word.sum()) for word in words) <= sum(map(len, parts))
+    runs = _two_runs(unpack(bits)) if few else None
+    if runs is None:
+        return list(ats), list(parts), bounds, bits
+    made_at, made = [], []
+    for at, part, word in zip(ats, parts, words, strict=True):
+        first = len(bounds) - 2 - part[word]
+        made.append(torch.cat((part.masked_scatter(word, first), first + len(bits))))
+        made_at.append(tuple(torch.cat((x, x[word])) for x in at))
+    part, bounds, bits = once(torch.cat(made), torch.cat((bounds, *runs)), bits[:0])
+    return made_at, list(part.split([len(p) for p in made])), bounds, bits
+
+
+def _two_runs(mask: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Bounds `[P, M, 2]` of the first and of the second run of True in every row; None where a row has more."""
+    starts = mask & ~F.pad(mask, (1, 0))[..., :-1]
+    run = starts.cumsum(-1)
+    if bool((run > 2).any()):
+        return None
+    first, second = (torch.stack(_ends(mask & (run == n)), -1) for n in (1, 2))
+    return first, second
 
 
 def once(part: Tensor, bounds: Tensor, bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
