@@ -25,7 +25,8 @@ VERBS = {
     "cache": ("keep", "encode"),
     "qkv": ("prepare",),
     "sparsity": ("select", "attend"),
-    "probabilities": ("reweigh",),
+    "scores": ("rescore", "watch"),
+    "probabilities": ("reweigh", "watch", "rewrite"),
     "heads": ("mix",),
     "residual": ("write",),
     "depth": ("skip", "feed"),
@@ -34,12 +35,17 @@ VERBS = {
     "parameters": ("edit",),
     "states": ("scan",),
     "schedules": ("attend",),
+    "objectives": ("penalty",),
+    "views": ("show",),
 }
 # Verbs that a user calls and that are not bound to a layer -> why a recipe cannot place a mechanism that has one.
 CALLED = {
     "scan": "replaces the product of queries, keys and values, so it cannot be attached to weights trained for softmax",
     "pattern": "needs a grid or the types of the tokens, which no recipe knows, so it cannot be attached",
     "attend": "is a whole attention of its own, so it cannot be attached",
+    "penalty": "is added to a loss, so it cannot be attached",
+    "show": "chooses what of an image is shown to a model, so it cannot be attached",
+    "rewrite": "takes whole maps of probabilities, which attached layers never build, so it cannot be attached",
 }
 
 OPS = Path(__file__).parent / "ops"

@@ -103,6 +103,8 @@ def _refuse_partial_records(layers: "Sequence[_Layer]") -> None:
 FIELDS = {
     "prepare": "prepare",
     "select": "select",
+    "rescore": "rescore",
+    "watch": "watch",
     "reweigh": "reweigh",
     "mix": "mix",
     "write": "write",

@@ -22,6 +22,8 @@ def open_block(surgery: Surgery, decoder: Decoder, index: int, requests: Request
     """Put what the slots of layer `index` say of it as a whole into its modules."""
     block, slots = decoder.blocks[index], requests.slots[index]
     assert slots is not None
+    if slots.watch:
+        surgery.hook(block.register_forward_pre_hook(_watching(index, requests), with_kwargs=True))
     if slots.write:
         for part in PARTS:
             hook = _writing(part, index, requests)
@@ -30,6 +32,18 @@ def open_block(surgery: Surgery, decoder: Decoder, index: int, requests: Request
         _feed(surgery, decoder, index, requests)
     if slots.rows:
         surgery.set(block, "forward", _some_rows(block.forward, index, requests))
+
+
+def _watching(index: int, requests: Requests) -> Callable[..., None]:
+    @eager
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        layer = requests.layer(index)
+        assert layer.step is not None
+        x = args[0] if args else kwargs["hidden_states"]
+        for edit in layer.slots.watch:
+            edit.run(x, layer.step, layer.store.state)
+
+    return hook
 
 
 def _writing(part: str, index: int, requests: Requests) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from regard.adapters.requests import Requests
 from regard.core.errors import RegardError
 from regard.core.placement import Placement
 from regard.core.slots import Contrast, Slots
+from regard.core.token_map import TokenMap
 from regard.primitives import codes
 
 
@@ -169,6 +170,17 @@ class Handle:
             RegardError: they are neither.
         """
         return self._requests.marking(marks)
+
+    def reading(self, tokens: TokenMap) -> AbstractContextManager[None]:
+        """Requests inside have tokens of these kinds, for mechanisms that steer by kind.
+
+        Args:
+            tokens: `[1|B, n]`, from `regard.adapters.tokens.read` or made by hand.
+
+        Raises:
+            RegardError: it is no TokenMap.
+        """
+        return self._requests.reading(tokens)
 
     def branching(self, ids: Tensor, mask: Tensor | None = None) -> AbstractContextManager[None]:
         """Requests whose prompt ends inside have a second branch with the prompt `ids`, for site `logits`.

@@ -14,6 +14,7 @@ from regard.adapters.families import Decoder
 from regard.core.errors import RegardError
 from regard.core.slots import Slots
 from regard.core.step import Step
+from regard.core.token_map import Kind, TokenMap
 from regard.ops.attention import attend
 from regard.primitives.stores import build
 
@@ -41,6 +42,7 @@ class Requests:
         self._responding = False
         self._prompt: int | None = None
         self._marks: Tensor | tuple[int, int] | None = None
+        self._tokens: TokenMap | None = None
 
     @contextmanager
     def responding(self) -> Iterator[None]:
@@ -88,6 +90,17 @@ class Requests:
             yield
         finally:
             self._marks = before
+
+    @contextmanager
+    def reading(self, tokens: TokenMap) -> Iterator[None]:
+        """Tokens of requests inside are what `tokens` says."""
+        if not isinstance(tokens, TokenMap):
+            raise RegardError(f"what tokens are is said by a TokenMap, got {type(tokens).__name__}")
+        before, self._tokens = self._tokens, tokens
+        try:
+            yield
+        finally:
+            self._tokens = before
 
     @contextmanager
     def aside(self, prompt: int) -> Iterator[None]:
@@ -143,7 +156,8 @@ class Requests:
         elif cache.prompt is None:
             cache.prompt = start
         marks = self._marked(batch, padding, tokens.device)
-        step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks)
+        said = self._said(batch, padding, tokens.device)
+        step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks, said)
         for layer in running:
             for edit in layer.slots.rows:
                 edit.check(step)
@@ -168,17 +182,34 @@ class Requests:
     def _marked(self, batch: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
         """The marks in force, `[1|B, n]` bool by arrival."""
         if not isinstance(self._marks, tuple):
-            if self._marks is None or self._marks.shape[0] in (1, batch):
-                return self._marks
-            rows = self._marks.shape[0]
-            if rows != self.rows or batch % rows:
-                raise RegardError(f"marks of {rows} rows for a batch of {batch}")
-            # `generate` repeats each row for its beams or sequences.
-            return self._marks.repeat_interleave(batch // rows, dim=0)
+            if self._marks is None:
+                return None
+            return self._marks.repeat_interleave(self._times("marks", self._marks.shape[0], batch), dim=0)
         start, stop = self._marks
         shift = torch.zeros(1, dtype=torch.long) if padding is None else padding.cpu()
         arrivals = torch.arange(stop + int(shift.max())) - shift[:, None]
         return ((arrivals >= start) & (arrivals < stop)).to(device)
+
+    def _said(self, batch: int, padding: Tensor | None, device: torch.device) -> TokenMap | None:
+        """What the tokens are; a map must agree with the padding."""
+        if self._tokens is None or self._aside:
+            return None
+        tokens = self._tokens.to(device).repeat(self._times("a token map", self._tokens.rows, batch))
+        told = tokens.of(Kind.PADDING).long().cumprod(1).sum(1)
+        found = torch.zeros(1, dtype=torch.long, device=device) if padding is None else padding
+        if bool((told != found).any()):
+            raise RegardError(
+                f"the token map has {told.tolist()} padding tokens on the left, the request {found.tolist()}"
+            )
+        return tokens
+
+    def _times(self, what: str, rows: int, batch: int) -> int:
+        """How often each of `rows` is repeated in a batch: `generate` does it for its beams or sequences."""
+        if rows in (1, batch):
+            return 1
+        if rows != self.rows or batch % rows:
+            raise RegardError(f"{what} of {rows} rows for a batch of {batch}")
+        return batch // rows
 
     def _adopt(self, cache: Cache) -> StoreCache:
         if type(cache) not in (DynamicCache, StoreCache) or getattr(cache, "offloading", False):

@@ -10,6 +10,7 @@ from torch import Tensor
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Codec
+from regard.core.token_map import Kind
 
 State = dict[str, Tensor]
 
@@ -65,6 +66,21 @@ class Reading:
     state: State
     lse: Tensor | None = None
 
+    @property
+    def arrivals(self) -> Tensor:
+        """Arrivals of the keys, `[B, S]`; negative or meaningless for padding."""
+        padding = self.step.padding
+        positions = self.positions.expand(self.query.shape[0], -1)
+        return positions if padding is None else positions + padding.to(positions.device)[:, None]
+
+    def kinds(self, stem: str) -> Tensor:
+        """What the keys are, `[B, S]` values of `Kind`, for mechanism `stem`.
+
+        Raises:
+            RegardError: nobody said what the tokens are.
+        """
+        return self.step.said(stem).at(self.arrivals).masked_fill(self.positions < 0, Kind.PADDING)
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -118,6 +134,28 @@ class Reweigh:
     segments: int
     split: Callable[[Reading], Tensor | None]
     gains: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Rescore:
+    """Site `scores`: what is added to the scores of some rows before the softmax.
+
+    `rows(step)` says which rows of the forward are edited (None: none). `bias(reading)` gets a reading of these rows
+    alone, with their lse, and returns `[1|B, 1|H, 1|R, S]`, -inf to hide a key, or None. To multiply probabilities by
+    g and renormalise is to add log g.
+    """
+
+    name: str
+    rows: Callable[[Step], slice | None]
+    bias: Callable[[Reading], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Reads the residual stream as it enters the layer: `run(x [B, R, d], step, state)`, before its attention."""
+
+    name: str
+    run: Callable[[Tensor, Step, State], None]
 
 
 @dataclass(frozen=True)
@@ -183,7 +221,8 @@ class Slots:
     Args:
         pattern: what each KV head may see, the model's own rule included (`masks`, `cache.keep`).
         key_codec, value_codec: one entry a KV head, None where stored as they come (`cache.encode`).
-        prepare, reweigh, mix, write, rows, feed: in the recipe's order; `rows` hold together.
+        prepare, rescore, reweigh, mix, watch, write, rows, feed: in the recipe's order; `rows` hold together, and so
+            do the biases of `rescore`.
         select: at most one.
     """
 
@@ -192,8 +231,10 @@ class Slots:
     value_codec: tuple[Codec | None, ...]
     prepare: tuple[Prepare, ...] = ()
     select: tuple[Select, ...] = ()
+    rescore: tuple[Rescore, ...] = ()
     reweigh: tuple[Reweigh, ...] = ()
     mix: tuple[Mix, ...] = ()
+    watch: tuple[Watch, ...] = ()
     write: tuple[Write, ...] = ()
     rows: tuple[Rows, ...] = ()
     feed: tuple[Feed, ...] = ()
@@ -210,4 +251,5 @@ class Slots:
 
     def edits(self) -> tuple[tuple[Any, ...], ...]:
         """What each site but the pattern's and the codecs' brings, in running order."""
-        return self.rows, self.prepare, self.select, self.reweigh, self.mix, self.write, self.feed
+        keys = (self.rows, self.prepare, self.select, self.rescore, self.reweigh)
+        return *keys, self.mix, self.watch, self.write, self.feed

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regard.core.errors import RegardError
+from regard.core.token_map import TokenMap
+
 
 @dataclass
 class Step:
@@ -19,6 +22,7 @@ class Step:
         padding: `[B]` int64 left padding of each row, None when no row is padded.
         prompt: arrivals below this are prompt rows, the others response rows; None: all are prompt.
         marks: `[1|B, n]` bool, arrivals that the user marked (an image, a document); None: nothing is marked.
+        tokens: what the request's tokens are; None: nobody said.
         rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
             others; None: all of this forward. Only a layer that runs some rows has its own Step.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
@@ -31,6 +35,7 @@ class Step:
     padding: Tensor | None = None
     prompt: int | None = None
     marks: Tensor | None = None
+    tokens: TokenMap | None = None
     rows: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
@@ -59,6 +64,16 @@ class Step:
     def queries(self, device: torch.device | None = None) -> Tensor:
         """Positions of the rows that run, `[1|B, R]`."""
         return self.positions(self.arrivals.to(device or self.device))
+
+    def said(self, stem: str) -> TokenMap:
+        """The token map, which mechanism `stem` needs.
+
+        Raises:
+            RegardError: there is none.
+        """
+        if self.tokens is None:
+            raise RegardError(f"{stem!r} needs to know what the tokens are: run inside handle.reading(token_map)")
+        return self.tokens
 
     @property
     def response(self) -> Tensor:

@@ -1,6 +1,7 @@
 """One layer's attention under its Slots, in running order; imports no paper."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -9,13 +10,17 @@ from regard.core.slots import Chosen, Reading, Reweigh, Slots, State
 from regard.core.step import Step
 from regard.core.store import View
 
+# Rows that are attended once more together: what is added to their scores is built for so many at once.
+ROWS = 128
+
 
 def run(
     slots: Slots, view: View, q: Tensor, step: Step, state: State, *, scale: float, softcap: float | None = None
 ) -> Tensor:
-    """Attention of `q [B, H, T, D]` over `view`: prepare, select, attend, reweigh, mix. Returns out `[B, H, T, Dv]`.
+    """Attention of `q [B, H, T, D]` over `view`: out `[B, H, T, Dv]`.
 
-    Keys and values were prepared when they were stored. Edits chain in the recipe's order.
+    In order: prepare, select, attend, rescore, reweigh, mix. Keys and values were prepared when they were stored. Edits
+    of a site chain in the recipe's order.
     """
     for edit in slots.prepare:
         q = edit.query(q, step)
@@ -26,6 +31,8 @@ def run(
         out = _gathered(pieces, slots, view, q, step, scale, softcap)
     else:
         out, lse = view.attend(q, pattern=slots.pattern, step=step, scale=scale, softcap=softcap)
+        if slots.rescore:
+            out, lse = _rescored(slots, view, q, step, state, scale, softcap, out, lse)
         for edit in slots.reweigh:
             reading = _reading(slots, view, q, step, state, scale, softcap, lse)
             segments = edit.split(reading)
@@ -48,6 +55,41 @@ def _reading(
 ) -> Reading:
     query, key, positions = view.keys(q, step)
     return Reading(query, key, positions, slots.pattern, scale, softcap, step, state, lse)
+
+
+def _rescored(
+    slots: Slots,
+    view: View,
+    q: Tensor,
+    step: Step,
+    state: State,
+    scale: float,
+    softcap: float | None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`out` and `lse` with the rows that edits name attended once more, under the sum of their biases."""
+    asked = [(rows, edit) for edit in slots.rescore if (rows := edit.rows(step)) is not None]
+    asked = [(range(*rows.indices(q.shape[2])), edit) for rows, edit in asked]
+    cuts = sorted({end for rows, _ in asked for end in (rows.start, rows.stop)})
+    outs, lses, done, arrivals = [], [], 0, step.arrivals
+    for first, last in pairwise(cuts):
+        edits = [edit for rows, edit in asked if first in rows]
+        for start in range(first, last, ROWS) if edits else ():
+            rows = slice(start, min(start + ROWS, last))
+            own = step.only(arrivals[:, rows])
+            reading = _reading(slots, view, q[:, :, rows], own, state, scale, softcap, lse[:, :, rows])
+            biases = [bias for edit in edits if (bias := edit.bias(reading)) is not None]
+            if not biases:
+                continue
+            call = {"pattern": slots.pattern, "step": own, "scale": scale, "softcap": softcap}
+            new, mass = view.attend(q[:, :, rows], bias=sum(biases[1:], biases[0]), **call)
+            outs += [out[:, :, done:start], new]
+            lses += [lse[:, :, done:start], mass]
+            done = rows.stop
+    if not done:
+        return out, lse
+    return torch.cat([*outs, out[:, :, done:]], 2), torch.cat([*lses, lse[:, :, done:]], 2)
 
 
 def _gathered(

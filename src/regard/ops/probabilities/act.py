@@ -110,7 +110,7 @@ def segments(reading: Reading, *, chosen: Tensor, theta: float, relative: float 
     if relative is not None:
         bound = (relative / (positions[:, -1:] + 1)).to(mass)[:, None]
     found = (mass / rows.clamp(min=1) > bound) & (positions != 0)[:, None] & chosen.to(mass.device)[:, None]
-    at = _arrivals(reading)
+    at = reading.arrivals
     inside = (reading.positions >= 0) & (at < width)
     held = found.gather(2, at.clamp(0, width - 1)[:, None].expand(*found.shape[:2], -1)) & inside[:, None]
     return held[:, :, None].long() if bool(held.any()) else None
@@ -150,17 +150,10 @@ def _count(reading: Reading) -> None:
     if seen.shape[1] > 1:
         seen = seen.repeat_interleave(mass.shape[1] // seen.shape[1], 1)
     # Keys of later rows got nothing from these, and padding nothing at all: where they land is without meaning.
-    at = _arrivals(reading).clamp(0, stop - 1)
+    at = reading.arrivals.clamp(0, stop - 1)
     for name, new in ((MASS, mass), (ROWS, seen)):
         new = new.expand(mass.shape[0], -1, -1)
         total = new.new_zeros(*new.shape[:2], stop)
         if name in state:
             total[..., :held] = state[name]
         state[name] = total.scatter_add_(2, at[:, None].expand(*new.shape[:2], -1), new)
-
-
-def _arrivals(reading: Reading) -> Tensor:
-    """Arrivals of the keys, `[B, S]`; negative or meaningless for padding."""
-    padding = reading.step.padding
-    positions = reading.positions.expand(reading.query.shape[0], -1)
-    return positions if padding is None else positions + padding.to(positions.device)[:, None]

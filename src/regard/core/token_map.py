@@ -1,0 +1,141 @@
+"""What the tokens of a request are: padding, template, question, image, answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from regard.core.errors import RegardError
+
+
+class Kind(IntEnum):
+    """What a token is."""
+
+    PADDING = -1
+    FIRST = 0  # the first real token of a row
+    TEMPLATE = 1  # what the chat template adds
+    QUERY = 2  # the user's text
+    VISUAL = 3  # of an image or a clip
+    GENERATED = 4
+
+
+@dataclass(frozen=True)
+class Span:
+    """One image or clip: arrivals `start` to `stop - 1` of `row`.
+
+    `grid` is (frames, rows, columns) of its tokens in order, None where they form no grid (row separators between
+    tiles, a resampler's queries). `kind` is "image" or "video".
+    """
+
+    row: int
+    start: int
+    stop: int
+    grid: tuple[int, int, int] | None = None
+    kind: str = "image"
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMap:
+    """The kinds of a request's tokens, by arrival; what comes after them is generated.
+
+    Args:
+        kinds: `[1|B, n]` int8, values of `Kind`.
+        spans: images and clips, by row and then by start.
+
+    Raises:
+        RegardError: kinds of another shape or value, a span outside the row, over padding, over another span, or
+            whose grid has another number of tokens.
+    """
+
+    kinds: Tensor
+    spans: tuple[Span, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kinds.ndim != 2 or self.kinds.dtype != torch.int8:
+            raise RegardError(f"kinds must be int8 [rows, arrivals], got {self.kinds.dtype} {list(self.kinds.shape)}")
+        known = range(min(Kind), max(Kind) + 1)
+        if self.kinds.numel() and not (int(self.kinds.min()) in known and int(self.kinds.max()) in known):
+            raise RegardError(f"kinds go from {min(known)} to {max(known)}, got {self.kinds.unique().tolist()}")
+        rows, n = self.kinds.shape
+        before = Span(-1, 0, 0)
+        for span in self.spans:
+            if not 0 <= span.row < rows or not 0 <= span.start < span.stop <= n:
+                raise RegardError(f"{span} is outside {rows} rows of {n} arrivals")
+            if (span.row, span.start) < (before.row, before.stop):
+                raise RegardError(f"{span} begins before {before} ends; spans go by row, then by start, apart")
+            if (self.kinds[span.row, span.start : span.stop] == Kind.PADDING).any():
+                raise RegardError(f"{span} lies over padding")
+            if span.grid is not None and span.grid[0] * span.grid[1] * span.grid[2] != span.stop - span.start:
+                raise RegardError(f"a grid of {span.grid} has another number of tokens than {span}")
+            before = span
+
+    @classmethod
+    def of_text(cls, mask: Tensor, spans: Sequence[Span] = ()) -> "TokenMap":
+        """A map without a template: the first real token, `spans` of images, and a question.
+
+        Args:
+            mask: `[B, n]`, 0 at padding.
+            spans: images and clips.
+        """
+        real = mask.bool()
+        kinds = torch.where(real, Kind.QUERY, Kind.PADDING).to(torch.int8)
+        kinds[real & (real.long().cumsum(1) == 1)] = Kind.FIRST
+        for span in spans:
+            kinds[span.row, span.start : span.stop] = Kind.VISUAL
+        return cls(kinds, tuple(spans))
+
+    @property
+    def rows(self) -> int:
+        """Batch rows, 1 where all are alike."""
+        return self.kinds.shape[0]
+
+    @property
+    def length(self) -> int:
+        """Arrivals it speaks of."""
+        return self.kinds.shape[1]
+
+    @cached_property
+    def images(self) -> Tensor:
+        """`[1|B, n]`: the number, within its row, of the span a token is of; -1 outside all."""
+        found = torch.full(self.kinds.shape, -1, dtype=torch.long, device=self.kinds.device)
+        count = [0] * self.rows
+        for span in self.spans:
+            found[span.row, span.start : span.stop] = count[span.row]
+            count[span.row] += 1
+        return found
+
+    def of(self, *kinds: Kind) -> Tensor:
+        """`[1|B, n]` bool: tokens of one of these kinds."""
+        return torch.isin(self.kinds, torch.tensor(kinds, dtype=torch.int8, device=self.kinds.device))
+
+    def require(self, kind: Kind, stem: str) -> None:
+        """Raise RegardError, naming `stem` as who needs it, where some row has no token of `kind`."""
+        missing = (~self.of(kind).any(1)).nonzero()[:, 0].tolist()
+        if missing:
+            where = "" if self.rows == 1 else f" in rows {', '.join(map(str, missing))}"
+            raise RegardError(f"{stem!r} needs {kind.name.lower()} tokens, and the token map has none{where}")
+
+    def at(self, arrivals: Tensor) -> Tensor:
+        """Kinds of `arrivals [1|B, S]`, `[1|B, S]` int8: negative ones are padding, later ones generated."""
+        arrivals = arrivals.to(self.kinds.device)
+        batch = max(self.rows, arrivals.shape[0])
+        inside = (arrivals >= 0) & (arrivals < self.length)
+        known = self.kinds.expand(batch, -1).gather(1, arrivals.clamp(0, self.length - 1).expand(batch, -1))
+        other = torch.where(arrivals < 0, Kind.PADDING, Kind.GENERATED).to(torch.int8)
+        return torch.where(inside, known, other)
+
+    def repeat(self, times: int) -> "TokenMap":
+        """Each row `times` times, as `generate` repeats them for beams."""
+        spans = [
+            Span(span.row * times + i, span.start, span.stop, span.grid, span.kind)
+            for span in self.spans
+            for i in range(times)
+        ]
+        return TokenMap(self.kinds.repeat_interleave(times, 0), tuple(sorted(spans, key=lambda s: (s.row, s.start))))
+
+    def to(self, device: torch.device) -> "TokenMap":
+        """The same on `device`."""
+        return self if self.kinds.device == device else TokenMap(self.kinds.to(device), self.spans)
