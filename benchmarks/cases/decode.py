@@ -33,7 +33,7 @@ def run(
     heads: int = 32, kv_heads: int = 8, width: int = 128, length: int = 32768, page: int = 256, steps: int = 8,
     repeats: int = 15, flex: int = 1, requests: int = 16,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """A row for every case, side and way of launching.
+    """A row for every case, side and way of launching; one for a peer that cannot do a case, with what it says.
 
     Args:
         heads: query heads.
@@ -75,7 +75,8 @@ def case(
     sides = {"ours": ours(made)}
     if not page and len(set(lengths)) == 1:
         sides |= theirs(made, flex)
-    errors = check(made, sides, {name: call(0) for name, call in sides.items()})
+    found, refused = first(sides)
+    errors = check(made, sides, found)
     into = torch.empty(COPIED if device.type == "cuda" else 1024, device=device)
     start = torch.empty_like(into)
     sides["copy"] = lambda i: into.copy_(start)
@@ -90,9 +91,10 @@ def case(
                 "case": name, "side": side, "way": way, "us": found[side].median * 1e6,
                 "TB/s": bytes_moved / found[side].median / 1e12,
                 "times floor": found[side].median / floor if side != "copy" else 1.0,
-                "error": errors.get(side, 0.0), "bytes": bytes_moved, "seconds": vars(found[side]),
+                "error": errors.get(side, 0.0), "bytes": bytes_moved, "says": "", "seconds": vars(found[side]),
             })  # fmt: skip
-    return rows
+    without = dict.fromkeys(rows[0], "")
+    return rows + [without | {"case": name, "side": side, "says": says} for side, says in refused.items()]
 
 
 def inputs(lengths: list[int], shape: tuple[int, int, int], page: int, device: torch.device) -> dict[str, Any]:
@@ -143,6 +145,20 @@ def theirs(made: dict[str, Any], flex: bool) -> dict[str, Call]:
         compiled = torch.compile(flex_attention, dynamic=False)
         sides["flex"] = lambda i: compiled(q, *keys[i % len(keys)], enable_gqa=True)
     return sides
+
+
+def first(sides: dict[str, Call]) -> tuple[dict[str, Any], dict[str, str]]:
+    """What each side gives, and what peers that cannot do this call say; they are left out of `sides`."""
+    found, refused = {}, {}
+    for side, call in list(sides.items()):
+        try:
+            found[side] = call(0)
+        except Exception as error:  # whatever a peer raises is its answer
+            if side == "ours":
+                raise
+            refused[side] = f"{type(error).__name__}: {error}".splitlines()[0]
+            del sides[side]
+    return found, refused
 
 
 def check(made: dict[str, Any], sides: dict[str, Call], found: dict[str, Any]) -> dict[str, float]:

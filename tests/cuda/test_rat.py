@@ -76,22 +76,21 @@ def test_a_layer_and_all_its_gradients(T, chunk):
     mixer = Mixer(256, 4, chunk=chunk).bfloat16()
     x, weight = (torch.randn(2, T, 256).bfloat16() for _ in range(2))
 
-    def run(mixer, x):
+    def run(mixer, x, weight):
         mixer.zero_grad()
         x = x.detach().requires_grad_()
         y = mixer(x)
-        y.backward(weight.to(y))
+        y.backward(weight)
         return [y.detach(), x.grad, *(p.grad for p in mixer.parameters())]
 
-    wanted = run(mixer.double(), x.double())
-    wanted = run(mixer.double(), x.double())
+    wanted = run(mixer.double(), x.double(), weight.double())
     mixer = mixer.to("cuda", torch.bfloat16)
     assert mixer._refuses(x.cuda()) is None
-    x = x.cuda()
-    run(mixer, x)
+    x, weight = x.cuda(), weight.cuda()
+    run(mixer, x, weight)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = run(mixer, x)
+        found = run(mixer, x, weight)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     for a, b in zip(found, wanted, strict=True):

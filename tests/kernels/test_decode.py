@@ -232,4 +232,16 @@ def test_the_benchmark_runs():
     _, rows = decoding.run(heads=1, kv_heads=1, width=16, length=8, page=4, steps=1, repeats=1, flex=0, requests=2)
     assert {row["case"] for row in rows} == {"one", "even", "ragged", "ragged pages"}
     assert {row["side"] for row in rows} >= {"ours", "copy"}
-    assert all(row["us"] > 0 and row["error"] <= decoding.MOST for row in rows)
+    assert all(row["says"] or (row["us"] > 0 and row["error"] <= decoding.MOST) for row in rows)
+    assert not any(row["says"] for row in rows if row["side"] == "ours")
+
+
+def test_the_benchmark_leaves_out_peers_that_cannot_run():
+    def broken(i):
+        raise RuntimeError("No available kernel.\nAborting.")
+
+    sides = {"ours": lambda i: i, "peer": broken}
+    assert decoding.first(sides) == ({"ours": 0}, {"peer": "RuntimeError: No available kernel."})
+    assert list(sides) == ["ours"]
+    with pytest.raises(RuntimeError, match="No available"):
+        decoding.first({"ours": broken})

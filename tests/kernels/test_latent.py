@@ -125,6 +125,17 @@ def test_refuses_by_name(monkeypatch):
     assert "whole rows of 16 bytes" in kernel.refuses(q, latent.mT.contiguous().mT, rank=32)
 
 
+@pytest.mark.parametrize("size", [(32, 16), (512, 64)])
+def test_the_op_asks_for_what_the_kernel_reads(size, monkeypatch):
+    """Queries are longer or shorter than latents until they are absorbed."""
+    monkeypatch.setattr(kernel.device, "refuses", lambda tensor: None)
+    monkeypatch.setattr(kernel.device, "capability", lambda tensor: (9, 0))
+    rank, rope = size
+    q, latent = torch.zeros(1, 2, 1, 24 + rope, dtype=HALF), torch.zeros(1, 99, rank + rope, dtype=HALF)
+    up = torch.zeros(2, rank, 24, dtype=HALF), torch.zeros(2, rank, 40, dtype=HALF)
+    assert ops.choose(q, latent, *up, backend="triton")[:2] == ("absorbed", "triton")
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="ops run kernels on a GPU only")
 @pytest.mark.parametrize("size", SIZES[:1] + SIZES[3:])
 def test_the_op_runs_it(size):
@@ -135,6 +146,7 @@ def test_the_op_runs_it(size):
     padding = torch.tensor([0, 30], device=DEVICE)
     expected = ops.attend(q, latent, *up, padding=padding, form="expanded", backend="reference")
     half = [x.to(torch.bfloat16) for x in (q, latent, *up)]
+    assert kernel.refuses(*half[:2], rank=rank) is None
     assert ops.choose(*half, padding=padding)[:2] == ("absorbed", "triton")
     close(ops.attend(*half, padding=padding)[0], expected[0], 0.03)
 

@@ -84,7 +84,7 @@ def same(found, expected):
 def compare(pair, q, k, v, **options):
     keys, values = encoded(pair[0], k), encoded(pair[1], v)
     see = causal(q.shape[2], k.shape[2])
-    found = kernel.refuses(q, keys, values, *forms(pair).values())
+    found = kernel.refuses(q.to(DEVICE), keys, values, *forms(pair).values())
     assert DEVICE != "cuda" or found is None
     found = read(pair, q, keys, values, **options)
     same(found, definition(pair, q, keys, values, 0.1, see))
@@ -234,21 +234,28 @@ def store(kind, pair, attend=attend):
 @pytest.mark.parametrize(("kind", "padded"), [("full", True), ("ring", False), ("split", True)])
 @torch.no_grad()
 def test_stores_read_codes(kind, padded, monkeypatch):
-    """A prompt, then token by token, then two at once: kernels write and read what plain torch does."""
-    q, k, v = (x.to(DEVICE) for x in drawn_inputs(2, 4, 2, 44, 44, 64))
+    """A prompt, then token by token, then two at once, against plain torch on a CPU in float64.
+
+    Codes agree to the bit. Outputs do where codes are read, which is all but the prompt.
+    """
+    q, k, v = drawn_inputs(2, 4, 2, 44, 44, 64)
     pair = codecs(64, 8, 4, 2, rotate_v=True)
     pattern = Pattern.sink(2) | Pattern.window(9)
     pattern = {"full": Pattern.causal(), "ring": pattern,
                "split": Pattern.stack_heads([Pattern.causal(), pattern])}[kind]  # fmt: skip
-    padding = torch.tensor([0, 4], device=DEVICE) if padded else None
+    padding = torch.tensor([0, 4]) if padded else None
     reads = []
-    plain = run(kind, pair, q, k, v, pattern, padding, kernels=False, monkeypatch=monkeypatch, reads=reads)
+    call = (x.double() for x in (q, k, v))
+    expected = run(kind, pair, *call, pattern, padding, kernels=False, monkeypatch=monkeypatch, reads=reads)
     assert not reads
-    found = run(kind, pair, q, k, v, pattern, padding, kernels=True, monkeypatch=monkeypatch, reads=reads)
+    call = (x.to(DEVICE) for x in (q, k, v))
+    padding = padding if padding is None else padding.to(DEVICE)
+    found = run(kind, pair, *call, pattern, padding, kernels=True, monkeypatch=monkeypatch, reads=reads)
     assert len(reads) == (6 if kind == "split" else 3)
-    for (out, held), (right, exact) in zip(found, plain, strict=True):
-        close(out, right, 2 * MOST)
-        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(held, exact, strict=True))
+    for number, ((out, held), (right, exact)) in enumerate(zip(found, expected, strict=True)):
+        if number > 0:
+            close(out, right, MOST)
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(held, exact, strict=True))
 
 
 def run(kind, pair, q, k, v, pattern, padding, *, kernels, monkeypatch, reads):

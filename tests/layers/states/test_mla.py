@@ -78,6 +78,25 @@ def test_equals_deepseek_v2(q_rank, bias, monkeypatch):
     agree(ours, expected, x)
 
 
+def test_autocast():
+    """Whole and from memory, and the gradients of all weights, in their own dtype."""
+    torch.manual_seed(0)
+    ours, x = mixers.build("mla", WIDTH, HEADS, layer=0, layers=1, options=SIZES), torch.randn(2, TOKENS, WIDTH)
+    names, weights = zip(*ours.named_parameters(), strict=True)
+    wanted = ours(x)
+    gradients = torch.autograd.grad(wanted.square().sum(), weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, memory = ours(x), Memory()
+        parts = [ours(x[:, a:b], memory=memory) for a, b in ((0, 12), (12, 13))]
+    assert found.dtype == torch.bfloat16
+    for y in (found, torch.cat(parts, 1)):
+        assert (y - wanted).norm() <= 0.02 * wanted.norm()
+    told = torch.autograd.grad(found.float().square().sum(), weights)
+    for name, g, exact in zip(names, told, gradients, strict=True):
+        assert g.dtype == torch.float32
+        assert (g - exact).norm() <= 0.05 * exact.norm(), name
+
+
 def test_what_is_remembered():
     """r + e numbers a token, whatever the heads."""
     mixer, memory = mixers.build("mla", WIDTH, HEADS, layer=0, layers=1, options=SIZES), Memory()

@@ -33,7 +33,7 @@ LOG2E = 1.4426950408889634
 def refuses(
     q: Tensor, latent: Tensor, *, rank: int, lengths: Tensor | None = None, starts: Tensor | None = None
 ) -> str | None:
-    """Why `decode` cannot do this call, or None. Shapes are those of `decode` already."""
+    """Why `decode` cannot do this call, or None. Shapes are those of `decode`, but that `q` may not be absorbed yet."""
     if why := device.refuses(q):
         return why
     if device.capability(q) < (9, 0):
@@ -45,7 +45,7 @@ def shape_refuses(q: Tensor, latent: Tensor, *, rank: int) -> str | None:
     """As `refuses`, but for the device."""
     if q.dtype not in TYPES or latent.dtype != q.dtype:
         return f"the kernel of latent attention takes bfloat16 or float16, not {q.dtype} over {latent.dtype}"
-    rope = q.shape[-1] - rank
+    rope = latent.shape[-1] - rank
     if rank % STEP or rope % STEP or not STEP <= rank <= WIDEST or not STEP <= rope <= 128:
         return (
             f"the kernel of latent attention takes {STEP} to {WIDEST} + {STEP} to 128 numbers a token, in multiples "

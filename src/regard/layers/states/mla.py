@@ -116,7 +116,8 @@ class Mixer(nn.Module):
             latent = memory.latents(c, kappa)
             memory.advance(x.shape[1])
         pattern = None if cu_seqlens is None else Pattern.causal() & same_sequence(cu_seqlens, x.shape[1])
-        held = (latent[:, 0], *self.projections())
+        # Autocast has rounded what linear layers gave, and knows nothing of a weight that is used as it is.
+        held = (latent[:, 0], *(weight.to(q.dtype) for weight in self.projections()))
         q_at, k_at = (None, None) if mask is None else (here, at)
         out, _ = attend(q, *held, pattern=pattern, scale=self.scale, q_positions=q_at, k_positions=k_at)
         return self.out(join(out))
