@@ -76,8 +76,8 @@ def measured(
                     "reference")  # fmt: skip
     errors = {}
     for side in SIDES:
-        found = learned(leaves, dout, pattern, side)
-        errors[side] = max(((a[:, :2].double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+        pairs = zip(learned(leaves, dout, pattern, side), exact, strict=True)
+        errors[side] = max(((found[:, :2].double() - wanted).norm() / wanted.norm()).item() for found, wanted in pairs)
         if not errors[side] <= MOST:
             raise RegardError(f"backend {side!r} errs by {errors[side]:.1e} on {name}, more than {MOST}")
     phases: dict[str, Callable[..., Any]] = {

@@ -5,7 +5,6 @@ FlashAttention-2 and by cuDNN. Sides take turns. On a CPU it runs with small siz
 """
 
 import statistics
-import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cases.state_step import clock, turns
 from regard.core.errors import RegardError
 from regard.ops.sparsity.sla import CARD, attend
 from regard.search import facts
@@ -60,11 +60,11 @@ def run(
         sides |= {name: peer(kind) for name, kind in PEERS.items()}
     forward, both, memory = {}, {}, {}
     for name, side in sides.items():
-        first = clock(lambda side=side: side(*given), 1)
+        first = clock(lambda side=side: side(*given))
         forward[name], both[name] = (lambda side=side: quiet(side, given)), (lambda side=side: learn(side, given))
-        first_backward = clock(both[name], 1)
+        first_backward = clock(both[name])
         memory[name] = (first, first_backward, peak(both[name], device))
-    timed = {phase: turns(calls, steps, repeats) for phase, calls in (("forward", forward), ("both", both))}
+    timed = {phase: turns(calls, "launch", steps, repeats) for phase, calls in (("forward", forward), ("both", both))}
     rows_made = []
     for name in semantics():
         for phase in ("forward", "backward"):
@@ -144,23 +144,3 @@ def peak(call: Call, device: torch.device) -> float:
     before = torch.cuda.memory_allocated()
     call()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def turns(calls: dict[str, Call], steps: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds of one call of each side, `repeats` times, taking turns."""
-    values: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            values[name].append(clock(call, steps))
-    return values
-
-
-def clock(call: Call, steps: int) -> float:
-    """Seconds of a call, the device finished."""
-    wait = torch.cuda.synchronize if torch.cuda.is_available() else (lambda: None)
-    wait()
-    began = time.perf_counter()
-    for _ in range(steps):
-        call()
-    wait()
-    return (time.perf_counter() - began) / steps

@@ -1,5 +1,6 @@
 """Where Triton kernels run. Does not import Triton, so that it may be asked anywhere."""
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,11 +14,17 @@ _kept: dict[int, Any] = {}
 
 def refuses(tensor: Tensor) -> str | None:
     """Why no Triton kernel can run where `tensor` lies, or None."""
-    if not tensor.is_cuda or torch.version.hip is not None:
-        return f"kernels run on a CUDA device, not on {tensor.device}"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return _refuses(tensor.device)
+
+
+@cache
+def _refuses(device: torch.device) -> str | None:
+    """Asked several times in a call, so that looking anew each time would show in a decoded token."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"kernels run on a CUDA device, not on {device}"
+    major, minor = torch.cuda.get_device_capability(device)
     if 10 * major + minor < OLDEST:
-        return f"kernels need compute capability {OLDEST / 10}; {tensor.device} has {major}.{minor}"
+        return f"kernels need compute capability {OLDEST / 10}; {device} has {major}.{minor}"
     if find_spec("triton") is None:
         return "kernels need Triton, which is not installed (pip install triton)"
     return None

@@ -18,6 +18,7 @@ from regard.core.pattern import Pattern
 from regard.core.reach import FOR_EVER
 from regard.core.rules import Causal, Rule, covers
 from regard.core.shapes import group_size
+from regard.kernels import device
 from regard.ops import blocks
 from regard.ops import decode as decoding
 from regard.primitives.merge import merge
@@ -52,12 +53,24 @@ def verdicts(
     aligned: bool = True,
 ) -> Iterator[Verdict]:
     """Of every backend, in the order in which `auto` asks them; `aligned` says that no positions are given."""
+    yield from _kernels(q, k, v, pattern, bias, aligned)
+    yield from _anywhere(q, k, v, bias, softcap)
+
+
+def _kernels(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern | None, bias: Tensor | None, aligned: bool
+) -> Iterator[Verdict]:
+    """Of those that run on a GPU only."""
     reason = decoding.refuses(q, k, v, pattern=pattern, bias=bias)
     better = None if reason else decoding.yields(q, k, pattern=pattern, aligned=aligned)
     yield Verdict("decode", reason, better, "few queries over many keys: each is read once")
     reason = blocks.refuses(q, k, v, bias=bias)
     better = None if reason else blocks.yields(q, k, pattern)
     yield Verdict("block", reason, better, "the pattern's blocks are read, and no mask of all pairs is built")
+
+
+def _anywhere(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, softcap: float | None) -> Iterator[Verdict]:
+    """Of those that run on any device."""
     reason = refuses(q, k, v, bias=bias, softcap=softcap)
     yield Verdict("sdpa", reason, None, "torch's fused kernels do this exactly")
     yield Verdict("reference", None, None, reason or "the definition, for all that others refuse")
@@ -83,7 +96,12 @@ def choose(
         one_of("backend", backend, BACKENDS)
     if backend == "reference":
         return "reference", "asked for"
-    for verdict in verdicts(q, k, v, pattern=pattern, bias=bias, softcap=softcap, aligned=aligned):
+    if backend == "sdpa" or (backend == "auto" and device.refuses(q)):
+        # Asking the kernels takes longer than a short call on a CPU.
+        asked = _anywhere(q, k, v, bias, softcap)
+    else:
+        asked = verdicts(q, k, v, pattern=pattern, bias=bias, softcap=softcap, aligned=aligned)
+    for verdict in asked:
         if verdict.backend == backend:
             if verdict.refuses is None:
                 return backend, "asked for"

@@ -12,8 +12,8 @@ SIZE = (128, 128)
 PAIRS = 2**18
 
 
-def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> str | None:
-    """Why the kernels cannot do this call, or None if they can."""
+def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, size: tuple[int, int] = SIZE) -> str | None:
+    """Why the kernels cannot do this call over blocks of `size`, or None if they can."""
     if bias is not None:
         return "the kernels over blocks take no bias"
     reason = device.refuses(q)
@@ -21,7 +21,7 @@ def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> str | No
         return reason
     from regard.kernels.attention import block
 
-    return block.refuses(q, k, v, size=SIZE)
+    return block.refuses(q, k, v, size=size)
 
 
 def yields(q: Tensor, k: Tensor, pattern: Pattern | None) -> str | None:

@@ -143,9 +143,10 @@ def run(
 ) -> Part:
     """`regard.attend` on the decoding kernel, for calls that `refuses` does not refuse; no pattern: all see all."""
     sink, recent = (0, None) if pattern is None else _span(pattern) or (0, None)
-    if q_positions is None and k_positions is None:
-        first = 0 if recent is None or sink else max(k.shape[2] - q.shape[2] + 1 - recent, 0)
-        k, v = k[:, :, first:], v[:, :, first:]
+    if q_positions is None and k_positions is None and recent is not None and not sink:
+        first = k.shape[2] - q.shape[2] + 1 - recent
+        if first > 0:
+            k, v = k[:, :, first:], v[:, :, first:]
     call = {"sink": sink, "recent": recent, "causal": pattern is not None, "scale": scale, "softcap": softcap}
     return _run(q, k, v, positions=k_positions, q_positions=q_positions, **call)
 

@@ -266,8 +266,8 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     starts = None if padding is None else padding.to(q.device, torch.int32)
     out, lse = _kernel().decode(absorb(q, keys_up), latent, rank=keys_up.shape[1], scale=scale, starts=starts)
-    if empty == "raise" and bool((lse == -torch.inf).any()):
-        raise RegardError("a query sees no key; pass empty='zero' for out 0")
+    if empty == "raise":
+        attention.raise_if_empty(lse)
     return torch.einsum("bhtr,hrd->bhtd", out, values_up), lse
 
 

@@ -25,19 +25,8 @@ class Routing(NamedTuple):
         return ~chosen.scatter_(-1, self.dropped, True) if between else chosen
 
     def listed(self, size: tuple[int, int], shape: tuple[int, int]) -> BlockList:
-        """The chosen blocks of `shape` (queries, keys) as a block list.
-
-        Only the last block of keys can be cut, and it is the last of its row.
-        """
-        index, rest = self.chosen, shape[1] % size[1]
-        like = {"dtype": torch.int32, "device": index.device}
-        cut = index == self.blocks - 1 if rest else torch.zeros_like(index, dtype=torch.bool)
-        count = torch.full(index.shape[:3], index.shape[3], **like)
-        bounds = torch.zeros(1, size[0], 2, dtype=torch.int16, device=index.device)
-        bounds[..., 1] = rest
-        bits = torch.zeros(0, size[0], size[1] // 32, **like)
-        part = cut.int() - 1  # 0, the one row of bounds, or -1: whole
-        return BlockList(size, *shape, count - cut.sum(-1).int(), count, index.int(), part, bounds, bits)
+        """The chosen blocks of `shape` (queries, keys) as a block list."""
+        return BlockList.from_index(self.chosen, size, *shape)
 
     def gathered(self, q: Tensor, k: Tensor, v: Tensor, *, size: tuple[int, int], scale: float) -> Tensor:
         """Softmax attention over the chosen blocks, gathered for each block of queries: a batch of short attentions."""

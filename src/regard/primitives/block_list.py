@@ -147,16 +147,29 @@ class BlockList:
                 f"blocks of {size}, got {table.dtype} {list(table.shape)}"
             )
         columns = torch.arange(blocks[1], device=table.device)
-        count = table.sum(-1, dtype=torch.int32)
-        index = torch.where(table, columns, blocks[1]).sort(-1).values[..., :most].int()
-        short = keys % size[1]
-        cut = (index == blocks[1] - 1) & bool(short)
-        full = count - table[..., -1].int() * bool(short)
-        bounds = torch.zeros(1, size[0], 2, dtype=torch.int16, device=table.device)
+        index = torch.where(table, columns, blocks[1]).sort(-1).values[..., :most]
+        return BlockList.from_index(index, size, rows, keys)
+
+    @staticmethod
+    def from_index(index: Tensor, size: tuple[int, int], rows: int, keys: int) -> "BlockList":
+        """Whole blocks that `index` names, chosen at run time; no value is read, and nothing is checked.
+
+        Args:
+            index: integer `[1|B, 1|Hk|H, Mb, n]`, blocks of keys, ascending; `Nb` where there are no more.
+            size: `(M, N)`.
+            rows: number of rows, in `Mb` blocks.
+            keys: number of keys, in `Nb` blocks.
+        """
+        blocks, short = -(-keys // size[1]), keys % size[1]
+        used = index < blocks
+        count = used.sum(-1, dtype=torch.int32)
+        # Only the last block of keys can be cut, and it is the last of its row.
+        cut = (index == blocks - 1) & bool(short)
+        bounds = torch.zeros(1, size[0], 2, dtype=torch.int16, device=index.device)
         bounds[..., 1] = short
-        bits = torch.zeros(0, size[0], size[1] // 32, dtype=torch.int32, device=table.device)
-        part = torch.where(cut, 0, WHOLE).int()
-        return BlockList(size, rows, keys, full, count, index.where(index < blocks[1], 0), part, bounds, bits)
+        bits = torch.zeros(0, size[0], size[1] // 32, dtype=torch.int32, device=index.device)
+        full, part = count - cut.sum(-1, dtype=torch.int32), torch.where(cut, 0, WHOLE).int()
+        return BlockList(size, rows, keys, full, count, index.where(used, 0).int(), part, bounds, bits)
 
     @staticmethod
     def from_block_mask(mask: "BlockMask") -> "BlockList":

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from regard.core.shapes import power_of_two
 from regard.kernels import device
 from regard.kernels.attention import intervals
 
@@ -46,8 +47,8 @@ LAUNCHES = {
 
 def launch(k: Tensor, v: Tensor) -> Launch:
     """The configuration for these keys and values."""
-    size = k.element_size() * (_power(k.shape[-1]) + _power(v.shape[-1]))
-    return LAUNCHES[max(_power(size), min(LAUNCHES))]
+    size = k.element_size() * (power_of_two(k.shape[-1]) + power_of_two(v.shape[-1]))
+    return LAUNCHES[max(power_of_two(size), min(LAUNCHES))]
 
 
 def workers(k: Tensor, v: Tensor) -> int:
@@ -100,7 +101,7 @@ def decode(
     Hk, Dv = k.shape[1], v.shape[3]
     chosen = launch(k, v)
     programs = workers or _cores(k.device) * chosen.programs
-    group = H // Hk
+    group, block_v = H // Hk, power_of_two(Dv)
     out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
     # What is left unfinished at either end of a worker's interval, then its peaks and masses.
     part = torch.empty(programs * 2 * T * group * (Dv + 2), dtype=torch.float32, device=q.device)
@@ -111,7 +112,7 @@ def decode(
         q, k, v, out, lse, part, lengths, pages, positions, q_positions, B, Hk, room, T, scale, softcap, sink, recent,
         0 if pages is None else pages.stride(0), *at, 0 if q_positions is None else _strides(q_positions)[0],
         q.stride(), k.stride(), v.stride(),
-        GROUP=group, D=D, DV=Dv, BLOCK_D=_power(D), BLOCK_V=_power(Dv), ROWS=max(16, _power(T * group)),
+        GROUP=group, D=D, DV=Dv, BLOCK_D=power_of_two(D), BLOCK_V=block_v, ROWS=max(16, power_of_two(T * group)),
         TILE=chosen.tile, PAGE=None if pages is None else k.shape[2],
         CUT=causal and (T > 1 or positions is not None or q_positions is not None),
         # Small pages take two loads one after the other, and a stage for each.
@@ -120,14 +121,9 @@ def decode(
     if programs > 1:
         _merge[(B * Hk, T * group)](
             out, lse, part, lengths, B, Hk, room, T, programs,
-            GROUP=group, DV=Dv, BLOCK_V=_power(Dv), TILE=chosen.tile, num_warps=4,
+            GROUP=group, DV=Dv, BLOCK_V=block_v, TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from regard.core.shapes import power_of_two
 from regard.kernels import device
 from regard.kernels.states.sweep import INTERPRETED
 
@@ -106,7 +107,7 @@ def decode(
     else:
         _launch(q, latent, rank, count, call)
     if count > 1:
-        block_r = triton.next_power_of_2(rank)
+        block_r = power_of_two(rank)
         _latent_join[(B * rows,)](part, part_lse, out, lse, B * rows, count, R=rank, BLOCK_R=block_r, num_warps=4)
     return out, lse
 
@@ -142,7 +143,7 @@ def _launch_apart(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[
 def _launch(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[Any, ...]) -> None:
     B, H, T, width = q.shape
     blocks = -(-H * T // ROWS)
-    block_r, block_e = triton.next_power_of_2(rank), triton.next_power_of_2(width - rank)
+    block_r, block_e = power_of_two(rank), power_of_two(width - rank)
     content = TensorDescriptor.from_tensor(latent[..., :rank], [1, KEYS, block_r])
     rotary = TensorDescriptor.from_tensor(latent[..., rank:], [1, KEYS, block_e])
     _latent[(blocks * B * count,)](

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from regard.core.shapes import power_of_two
 from regard.core.store import Fields, Form
 from regard.kernels import device
 from regard.kernels.attention import intervals
@@ -136,7 +137,7 @@ def read(
         out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` float32.
     """
     rows = q.shape[2] * q.shape[1] // keys[0].shape[1]
-    chosen = launch or _launch(max(8, _power(rows)), keys, values)
+    chosen = launch or _launch(max(8, power_of_two(rows)), keys, values)
     room = keys[0].shape[2] * (1 if pages is None else pages.shape[1])
     tiles = q.shape[0] * keys[0].shape[1] * -(-max(room, 1) // chosen.tile)
     programs = min(workers or _workers(q.device, chosen), tiles)
@@ -163,7 +164,7 @@ def _run(
         *_shared(positions, 3), _shared(q_positions, 2)[0], *q.stride(),
         KEY=_bits(key), VALUE=_bits(value), TURN=_log(key), PAGE=None if pages is None else keys[0].shape[2],
         CUT=causal and (T > 1 or positions is not None), GROUP=H // Hk, D=D, DV=Dv,
-        COLUMNS=max(8, _power(rows)), TILE=chosen.tile,
+        COLUMNS=max(8, power_of_two(rows)), TILE=chosen.tile,
         num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers,
     )  # fmt: skip
     _merge[(B * Hk, rows)](
@@ -198,7 +199,7 @@ def write(
     """
     B, Hk, T, D = k.shape
     several = isinstance(start, Tensor)
-    tokens = min(16, _power(T))
+    tokens = min(16, power_of_two(T))
     _write_codes[(-(-T // tokens), B * Hk, 2)](
         k, v, *_pair(keys), *_pair(values), start if several else None, pages,
         Hk, T, 0 if several else start, *_rows(keys), *_rows(values), 0 if pages is None else pages.stride(0),
@@ -225,11 +226,6 @@ def _workers(where: torch.device, chosen: Launch) -> int:
 
 def _bits(form: Form | None) -> int:
     return 16 if form is None else form.bits
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def _log(form: Form | None) -> int:

@@ -8,7 +8,6 @@ Inside a chunk the corrections `x_i = v_i - (decayed state before i)^T k_i` depe
 import triton
 import triton.language as tl
 
-from regard.kernels.states.factor import along_channels, exact_scores
 from regard.kernels.states.sweep import (
     advanced,
     along_tokens,
@@ -64,7 +63,10 @@ def solve(
     DIM: tl.constexpr, CHUNK: tl.constexpr, GROUP_K: tl.constexpr, GROUP_G: tl.constexpr,
     DECAY: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """`(I + A)^-1` of one chunk and head, `TRIANGLE [chunks, heads, C, C]`; ENTRY, RIGHT, WIDE: see factor.py."""
+    """`(I + A)^-1` of one chunk and head, `TRIANGLE [chunks, heads, C, C]`; ENTRY, RIGHT, WIDE: see factor.py.
+
+    In wide chunks, TRIANGLE holds the products of keys already, without strengths.
+    """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     index, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, start, end, first = segment_of(SEGMENTS, segment)
@@ -73,13 +75,12 @@ def solve(
         return
     rows, dims = tl.arange(0, CHUNK), tl.arange(0, DIM)
     ok = rows < end - token
+    here = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK + rows[:, None] * CHUNK + rows[None, :]
     if DECAY == 3:
         entry = tile(at(ENTRY, so, batch, head, token, 1), rows, so[2], dims, ok)
         A = dot(entry, tl.trans(tile(at(RIGHT, so, batch, head, token, 1), rows, so[2], dims, ok)), PRECISION)
-        if is_wide(WIDE, chunk, head, heads, BLOCKS):
-            k = tile(at(K, sk, batch, head, token, GROUP_K), rows, sk[2], dims, ok)
-            H, _ = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
-            A = exact_scores(k, k, H, rows, CHUNK)
+        wide = is_wide(WIDE, chunk, head, heads, BLOCKS)
+        A = tl.where(wide, tl.load(TRIANGLE + here, mask=wide, other=0.0).to(tl.float32), A)
     else:
         k = tile(at(K, sk, batch, head, token, GROUP_K), rows, sk[2], dims, ok)
         A = dot(k, tl.trans(k), PRECISION)
@@ -92,8 +93,7 @@ def solve(
     beta = strengths(BETA, sw, batch, head, token, rows, ok)
     A = tl.where(rows[:, None] > rows[None, :], A, 0.0) * beta[:, None]
     solved = inverse(A, rows, CHUNK, PRECISION)
-    corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
-    tl.store(TRIANGLE + corner + rows[:, None] * CHUNK + rows[None, :], solved.to(TRIANGLE.dtype.element_ty))
+    tl.store(TRIANGLE + here, solved.to(TRIANGLE.dtype.element_ty))
 
 
 @triton.jit

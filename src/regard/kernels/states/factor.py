@@ -114,10 +114,10 @@ def gather(a, b, P, H, rows, TURNED: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def mend(
-    Q, K, G, SCORES, WIDE, SEGMENTS, sq, sk, sg, heads, span,
+    Q, K, G, SCORES, TRIANGLE, WIDE, SEGMENTS, sq, sk, sg, heads, span,
     DIM: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, GROUP_G: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """SCORES of the wide chunks among `span` of one head."""
+    """SCORES of the wide chunks among `span` of one head; TRIANGLE: those of keys with keys (or None)."""
     piece, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, start, end, first = segment_of(SEGMENTS, segment)
     rows, dims = tl.arange(0, CHUNK), tl.arange(0, DIM)
@@ -128,9 +128,13 @@ def mend(
             H, _ = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok)
-            scores = tl.where(rows[:, None] >= rows[None, :], exact_scores(q, k, H, rows, CHUNK), 0.0)
-            corner = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK
-            tl.store(SCORES + corner + rows[:, None] * CHUNK + rows[None, :], scores.to(SCORES.dtype.element_ty))
+            before = rows[:, None] >= rows[None, :]
+            spot = (chunk * heads + head).to(tl.int64) * CHUNK * CHUNK + rows[:, None] * CHUNK + rows[None, :]
+            scores = tl.where(before, exact_scores(q, k, H, rows, CHUNK), 0.0)
+            tl.store(SCORES + spot, scores.to(SCORES.dtype.element_ty))
+            if TRIANGLE is not None:
+                scores = tl.where(before, exact_scores(k, k, H, rows, CHUNK), 0.0)
+                tl.store(TRIANGLE + spot, scores.to(TRIANGLE.dtype.element_ty))
 
 
 @triton.jit

@@ -148,6 +148,11 @@ class Problem:
         shape = (count or self.segments.count, self.heads, rows, columns)
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
+    def matrices(self) -> Tensor:
+        """Memory for a matrix of every chunk and head, `[chunks, H, C, C]`."""
+        shape = (self.segments.chunks, self.heads, self.chunk, self.chunk)
+        return torch.empty(shape, dtype=self.fine, device=self.device)
+
     def like(self, columns: int, model: Tensor) -> Tensor:
         """Memory for `[B, H, T, columns]`, with heads inside tokens where `model` has them so."""
         sizes = {"dtype": self.dtype, "device": self.device}
@@ -168,8 +173,8 @@ class Factors:
     wide: Tensor | None = None
 
 
-def factored(p: Problem, q: Tensor, k: Tensor, entry: bool) -> Factors:
-    """Launch `factor` if channels decay on their own."""
+def factored(p: Problem, q: Tensor, k: Tensor, entry: bool, triangle: Tensor | None = None) -> Factors:
+    """Launch `factor` if channels decay on their own; `triangle` receives what `solve` needs of wide chunks."""
     if p.kind != CHANNEL:
         return Factors(q, k)
     chunks = p.segments.chunks
@@ -177,7 +182,7 @@ def factored(p: Problem, q: Tensor, k: Tensor, entry: bool) -> Factors:
         left=p.like(p.dim, q),
         right=p.like(p.dim, q),
         entry=p.like(p.dim, q) if entry else None,
-        scores=torch.empty(chunks, p.heads, p.chunk, p.chunk, dtype=p.fine, device=p.device),
+        scores=p.matrices(),
         scaling=torch.empty(chunks, p.heads, 3, p.dim, dtype=torch.float32, device=p.device),
         wide=torch.empty(chunks, p.heads, p.blocks, dtype=torch.int32, device=p.device),
     )
@@ -188,7 +193,8 @@ def factored(p: Problem, q: Tensor, k: Tensor, entry: bool) -> Factors:
         BLOCK=p.dim // p.blocks, SPAN=p.span, **keywords, num_warps=4,
     )  # fmt: skip
     mend[(-(-p.segments.longest // LOOK), *p.grid[1:])](
-        q, k, p.decay, f.scores, f.wide, p.segments.table, _three(q), _three(k), p.strides_g, p.heads, LOOK,
+        q, k, p.decay, f.scores, triangle, f.wide, p.segments.table,
+        _three(q), _three(k), p.strides_g, p.heads, LOOK,
         BLOCKS=p.blocks, **keywords, num_warps=8, num_stages=1,
     )  # fmt: skip
     return f
@@ -285,15 +291,13 @@ def carried(
     return begins, last
 
 
-def solved(p: Problem, f: Factors, k: Tensor, beta: Tensor) -> Tensor:
-    """The triangle of every chunk, `[chunks, H, C, C]`."""
-    triangle = torch.empty(p.segments.chunks, p.heads, p.chunk, p.chunk, dtype=p.fine, device=p.device)
+def solve(p: Problem, f: Factors, k: Tensor, beta: Tensor, triangle: Tensor) -> None:
+    """Write the triangle of every chunk, `[chunks, H, C, C]`, which `factored` has begun."""
     delta_rule.solve[p.grid](
         k, f.entry, f.right, p.decay, f.wide, beta, triangle, p.segments.table,
         _three(k), _three(f.entry), p.strides_g, _three(beta), p.heads,
         DIM=p.dim, GROUP_K=p.group, DECAY=p.kind, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=1,
     )  # fmt: skip
-    return triangle
 
 
 def back(
@@ -333,11 +337,12 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q, k, v, decay, beta, first, scale, spans):
         p = Problem(q, v, decay, spans)
-        f = factored(p, q, k, entry=beta is not None)
+        triangle = None if beta is None else p.matrices()
+        f = factored(p, q, k, entry=beta is not None, triangle=triangle)
         out = p.like(p.columns, q)
-        triangle = matrix = error = given = local = None
+        matrix = error = given = local = None
         if beta is not None:
-            triangle = solved(p, f, k, beta)
+            solve(p, f, k, beta, triangle)
             given = (beta, triangle, None)
             if p.segments.count > p.segments.sequences:
                 matrix = transition(p, f, given)

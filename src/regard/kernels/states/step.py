@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from regard.core.shapes import power_of_two
 from regard.kernels import device
 
 SMALLEST, LARGEST = 16, 256
@@ -91,23 +92,18 @@ def step(
         state.stride(0), state.stride(1), state.stride(2),
         D=D, DV=Dv, GROUP=H // q.shape[1], GATE_GROUP=gate_group,
         CHANNELS=decay is not None and decay.dim() == 4, DELTA=delta,
-        BLOCK_D=_power(D), BLOCK_V=width, num_warps=warps, num_stages=1,
+        BLOCK_D=power_of_two(D), BLOCK_V=width, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out
 
 
 def tile(states: int, D: int, Dv: int) -> tuple[int, int]:
     """Columns of a program's tile, and its warps, for so many states of `D` by `Dv`."""
-    rows = _power(D)
-    width = max(NARROWEST, min(TILE // rows, _power(Dv)))
+    rows = power_of_two(D)
+    width = max(NARROWEST, min(TILE // rows, power_of_two(Dv)))
     while width > NARROWEST and states * -(-Dv // width) < PROGRAMS:
         width //= 2
     return width, max(1, min(4, rows * width // PER_WARP))
-
-
-def _power(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
 
 
 def _gate(decay: Tensor | None, heads: int) -> tuple[Tensor | None, tuple[int, int, int], int]:

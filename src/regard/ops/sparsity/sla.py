@@ -12,6 +12,7 @@ from regard.core.card import Card, Option
 from regard.core.errors import RegardError, choose
 from regard.core.shapes import group_size
 from regard.kernels import device
+from regard.ops import blocks as block_lists
 from regard.ops.routing import Routing, pooled, spread
 from regard.primitives.reference import reference
 
@@ -147,7 +148,7 @@ def sparse(
         group = group_size(q, k)
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         return reference(q, k, v, mask=wide, scale=scale)[0]
-    why = _blocks_refuse(q, k, v, size)
+    why = block_lists.refuses(q, k, v, size=size)
     if why is None and backend != "gather":
         kernel = import_module("regard.kernels.attention.block")
         return kernel.attend(q, k, v, routing.listed(size, (q.shape[2], k.shape[2])), scale=scale)[0]
@@ -193,13 +194,6 @@ def linear(
     below = (rows @ mass.to(a.dtype)[..., None]).to(exact).clamp(min=torch.finfo(exact).tiny)
     smooth = (rows @ total / below).to(q.dtype).flatten(2, 3)[:, :, : q.shape[2]]
     return smooth @ weight.mT
-
-
-def _blocks_refuse(q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> str | None:
-    """Why the kernels over block lists cannot do the exact part, or None."""
-    if why := device.refuses(q):
-        return why
-    return import_module("regard.kernels.attention.block").refuses(q, k, v, size=size)
 
 
 def _kernel_refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
