@@ -54,6 +54,7 @@ class BlockList:
             block needs bits.
         by_key: whether `full`, `count`, `index` and `part` go by block of keys (`[.., Nb, n]`, `index` naming blocks of
             rows) instead; `bounds` and `bits` go by row always.
+        chosen: whether it was made at run time from whole blocks, so that it is turned without a look at the device.
     """
 
     size: tuple[int, int]
@@ -66,6 +67,7 @@ class BlockList:
     bounds: Tensor
     bits: Tensor
     by_key: bool = False
+    chosen: bool = False
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -89,6 +91,8 @@ class BlockList:
 
     @cached_property
     def _turned(self) -> "BlockList":
+        if self.chosen and not self.by_key:
+            return self._turned_table()
         shape = (len(self.count), 1, self.blocks[0 if self.by_key else 1])
         # What is kept may be used later where gradients are wanted.
         with torch.inference_mode(False):
@@ -99,6 +103,24 @@ class BlockList:
                 made.append(listed(lead, other, block, part, shape))
             full, count, index, part = beside(made)
             return replace(self, full=full, count=count, index=index, part=part, by_key=not self.by_key)
+
+    def _turned_table(self) -> "BlockList":
+        """A chosen list by block of keys, with room for all rows in each."""
+        (row_blocks, key_blocks), device = self.blocks, self.index.device
+        used = torch.arange(self.index.shape[-1], device=device) < self.count[..., None]
+        shape = (*self.count.shape, key_blocks + 1)
+        table = torch.zeros(shape, dtype=torch.bool, device=device)
+        table = table.scatter_(-1, torch.where(used, self.index, key_blocks).long(), True)[..., :key_blocks].mT
+        rows = torch.arange(row_blocks, dtype=torch.int32, device=device)
+        index = torch.where(table, rows, row_blocks).sort(-1).values
+        count = table.sum(-1, dtype=torch.int32)
+        full = count.clone()
+        part = torch.full_like(index, WHOLE)
+        if self.keys % self.size[1]:
+            full[..., -1] = 0
+            part[..., -1, :] = torch.where(index[..., -1, :] < row_blocks, 0, WHOLE)
+        index = index.where(index < row_blocks, 0)
+        return replace(self, full=full, count=count, index=index, part=part, by_key=True)
 
     def entries(self, heads: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Every entry once: list (batch and head), the block whose list it is in, the block it names, its part."""
@@ -169,7 +191,7 @@ class BlockList:
         bounds[..., 1] = short
         bits = torch.zeros(0, size[0], size[1] // 32, dtype=torch.int32, device=index.device)
         full, part = count - cut.sum(-1, dtype=torch.int32), torch.where(cut, 0, WHOLE).int()
-        return BlockList(size, rows, keys, full, count, index.where(used, 0).int(), part, bounds, bits)
+        return BlockList(size, rows, keys, full, count, index.where(used, 0).int(), part, bounds, bits, chosen=True)
 
     @staticmethod
     def from_block_mask(mask: "BlockMask") -> "BlockList":

@@ -5,6 +5,7 @@ multiplies the next scores while it weighs the last ones, and each makes its sof
 program a multiprocessor walks over tiles, so that the copies for the next begin before the last is finished.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -316,9 +317,14 @@ DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32:
 
 def described(x: Tensor, *block: int) -> TensorDescriptor:
     """The tensor descriptor of x, in tiles of the last dimensions `block`."""
-    shape = [1] * (x.dim() - len(block)) + list(block)
-    layout = gl.NVMMASharedLayout.get_default_for(shape, DTYPES[x.dtype])
-    return TensorDescriptor(x, [*x.shape], [*x.stride()], shape, layout)
+    shape, layout = _tile((1,) * (x.dim() - len(block)) + block, x.dtype)
+    return TensorDescriptor(x, [*x.shape], [*x.stride()], [*shape], layout)
+
+
+@lru_cache
+def _tile(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], Any]:
+    """A tile and its layout in shared memory, which takes longer to find than to use."""
+    return shape, gl.NVMMASharedLayout.get_default_for(list(shape), DTYPES[dtype])
 
 
 def programs(x: Tensor, tiles: int) -> int:
