@@ -26,10 +26,10 @@ _VISION: dict[str, Any] = {
     "image_size": 16, "patch_size": 4,
 }  # fmt: skip
 _QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
-_QWEN = {
+_QWEN: dict[str, Any] = {
     "image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END,
 }  # fmt: skip
-_MROPE = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+_MROPE: dict[str, Any] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 Made = tuple[nn.Module, dict[str, Tensor]]
@@ -119,8 +119,8 @@ def internvl() -> Made:
 
 def _tiled(rows: int, columns: int) -> list[int]:
     """Idefics3's tokens of an image of so many tiles of four tokens, and of the whole of it."""
-    row = [token for _ in range(columns) for token in (START, TILE, *[IMAGE] * 4)]
-    return [*(row + [NEWLINE]) * rows, *[NEWLINE] * (rows > 0), START, GLOBAL, *[IMAGE] * 4, START]
+    row = [*[START, TILE, *[IMAGE] * 4] * columns, NEWLINE]
+    return [*row * rows, *[NEWLINE] * (rows > 0), START, GLOBAL, *[IMAGE] * 4, START]
 
 
 def _idefics(model: Any, config: Any, vision: Any) -> Made:
@@ -145,9 +145,9 @@ def smolvlm() -> Made:
 
 def paligemma() -> Made:
     config = tf.PaliGemmaConfig(
-        vision_config=tf.SiglipVisionConfig(**_VISION, projection_dim=32, vision_use_head=False),
+        vision_config=tf.SiglipVisionConfig(**_VISION, vision_use_head=False),
         text_config=tf.GemmaConfig(**_TEXT), projection_dim=32, hidden_size=32, vocab_size=VOCABULARY,
-        image_token_index=IMAGE, pad_token_id=PAD,
+        image_token_index=IMAGE,
     )  # fmt: skip
     # Its images stand before its text.
     text = [[*[IMAGE] * 16, BOS, *_words(6, 0)], [*[IMAGE] * 32, BOS, *_words(9, 1)]]
