@@ -1,9 +1,9 @@
 """What seeing costs: one prefill of a model with random weights, plain and recorded, in time and in peak memory.
 
-Sizes are those of Llama-3.2-1B. Plain is the model alone; "recorded" reads masses, columns, entropy, maps, sinks and norms of
-all heads; "with roles" scores every head on synthetic prompts besides. Before anything is timed, a prompt of 1,024
-tokens is recorded in float32 and compared with the weights that transformers' eager attention returns. On a CPU only with
-`tiny=1`.
+Sizes are those of Llama-3.2-1B. Plain is the model alone; "recorded" reads masses, columns, entropy, maps, sinks and
+norms of all heads; "with roles" scores every head on synthetic prompts besides. Before anything is timed, a prompt of
+1,024 tokens is recorded in float32 and compared with the weights that transformers' eager attention returns. On a CPU
+only with `tiny=1`.
 """
 
 import gc
@@ -60,11 +60,14 @@ def run(tiny: int = 0, length: int = 32_768, repeats: int = 5) -> tuple[dict[str
     if seen.logits is None or not torch.equal(seen.logits, plain):
         raise RegardError("the recorded run gives other logits than the plain one")
     del seen
-    small = {"length": 32, "haystack": 64} if tiny else {}
+    length_of_roles, haystack = (32, 64) if tiny else (64, 256)
     ways: dict[str, Callable[[], Any]] = {
         "plain": lambda: model(**given),
         "recorded": lambda: observe.record(model, given, tokens=tokens),
-        "with roles": lambda: (observe.record(model, given, tokens=tokens), observe.roles(model, **small)),
+        "with roles": lambda: (
+            observe.record(model, given, tokens=tokens),
+            observe.roles(model, length=length_of_roles, haystack=haystack),
+        ),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, float] = {}
@@ -108,7 +111,8 @@ def measured(work: Callable[[], Any], device: torch.device) -> tuple[float, floa
 def made(name: str, dtype: torch.dtype, device: torch.device, length: int, attention: str = "sdpa") -> LlamaForCausalLM:
     """A model with random weights, made where it runs; scores spread as those of trained models do."""
     torch.manual_seed(0)
-    config = LlamaConfig(**SHAPES[name], max_position_embeddings=length, rope_theta=500_000.0, initializer_range=0.05)
+    shape = SHAPES[name] | {"max_position_embeddings": length, "initializer_range": 0.05}
+    config = LlamaConfig(**shape, rope_parameters={"rope_type": "default", "rope_theta": 500_000.0})
     config._attn_implementation = attention
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -13,7 +13,8 @@ from regard.core.errors import RegardError
 def prepared(model: nn.Module, inputs: Tensor | Mapping[str, Any], keep: int = 1) -> tuple[dict[str, Any], Tensor]:
     """Keywords for one forward of the whole prompt, on the model's device, and which tokens are real, bool `[B, T]`.
 
-    Logits are of the last `keep` rows where the model can (0: all), and no cache is made, unless `inputs` say otherwise.
+    Logits are of the last `keep` rows where the model can (0: all), and no cache is made, unless `inputs` say
+    otherwise.
 
     Raises:
         RegardError: there is no prompt, ids that the vocabulary does not have, a mask of another shape, or a cache that

@@ -35,9 +35,11 @@ def overheard(call: Call, window: int | None, real: Tensor) -> tuple[Tensor, Ten
     if lse is None:
         arrivals = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
         pattern = Pattern.causal() if window is None else Pattern.window(window)
-        places = {} if bool(real.all()) else {"q_positions": arrivals, "k_positions": arrivals}
-        how = {"pattern": pattern, "scale": call.scale, "softcap": call.softcap}
-        lse = attend(call.query, call.key, call.value, **how, **places)[1]
+        places = None if bool(real.all()) else arrivals
+        lse = attend(
+            call.query, call.key, call.value, pattern=pattern, scale=call.scale, softcap=call.softcap,
+            q_positions=places, k_positions=places,
+        )[1]  # fmt: skip
     return out, lse
 
 

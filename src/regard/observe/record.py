@@ -1,7 +1,7 @@
 """One prefill of a model as it is, and what its attention did, at any length: nothing of T x T is ever built.
 
-Every layer runs its own attention. Its log-sum-exp is overheard, and one more product of queries and keys, tile by tile,
-gives what tiles of rows give to every key (`ops/totals.py`); all readings are sums of that.
+Every layer runs its own attention. Its log-sum-exp is overheard, and one more product of queries and keys, tile by
+tile, gives what tiles of rows give to every key (`ops/totals.py`); all readings are sums of that.
 """
 
 from collections.abc import Mapping, Sequence
@@ -187,8 +187,8 @@ def record(
         segments: bool `[1|B, T]` by name, for `masses`; None: the kinds that there are, and each image of several.
         readings: some of `READINGS`.
         size: tiles along rows and along keys, at most; peak memory is `16 * max(2**22, B * size * T * H / Hk)` bytes.
-        rows: first arrival that is read, and the one after the last; None: all. The last 64 rows of any prompt, each for
-            itself: `rows=(T - 64, T)` and a size of 64.
+        rows: first arrival that is read, and the one after the last; None: all. The last 64 rows of any prompt, each
+            for itself: `rows=(T - 64, T)` and a size of 64.
         dims: where massive activations are looked for; None: in all dimensions.
 
     Returns:

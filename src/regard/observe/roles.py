@@ -1,9 +1,9 @@
 """What heads do, read from two synthetic prompts: single probabilities at known places, from the log-sum-exp.
 
 Prompt one is a row of random tokens and the same row again: an induction head looks at what came after the current
-token the first time [Olsson et al. 2022], a previous-token head one back. Prompt two hides a few tokens (the needle) in the
-first half of a long row of random ones and ends with the needle again, token by token: a retrieval head's largest
-weight is on the token that comes next [Wu et al. 2024]. An induction head that reaches that far retrieves too.
+token the first time [Olsson et al. 2022], a previous-token head one back. Prompt two hides a few tokens (the needle)
+in the first half of a long row of random ones and ends with the needle again, token by token: a retrieval head's
+largest weight is on the token that comes next [Wu et al. 2024]. An induction head that reaches that far retrieves too.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -65,8 +65,15 @@ def tile_mass(
     """`column_mass` of every tile of rows, and the entropy of its rows; rows are computed in blocks, differentiable.
 
     Args:
+        q: `[B, H, T, D]`.
+        k: `[B, Hk, S, D]`.
+        lse: `[B, H, T]`, as `column_mass` takes it.
         edges: `[R + 1]` ascending from 0 to T; tile r holds rows `edges[r]` to `edges[r + 1] - 1`.
-        q, k, lse, pattern, q_positions, k_positions, scale, softcap: as `column_mass` takes them.
+        pattern: who sees whom; None: all real keys.
+        q_positions: `[1|B, T]`; negative ones are rows that do not count.
+        k_positions: `[1|B, S]` or `[1|B, Hk, S]`.
+        scale: of the scores.
+        softcap: of the scores.
 
     Returns:
         `[B, H, R, S]`: probabilities that the keys get, summed over the tile's rows; `[B, H, R]`: `-sum p log p` of

@@ -1,4 +1,4 @@
-"""Massive activations: tokens whose hidden state is ruled by a few dimensions, as those of attention sinks are [118]."""
+"""Massive activations: tokens whose state is ruled by a few dimensions, as the states of attention sinks are [118]."""
 
 from collections.abc import Sequence
 

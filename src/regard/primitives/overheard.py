@@ -1,4 +1,4 @@
-"""The log-sum-exp of attention that somebody else runs: overheard from torch's fused kernels, which compute it anyway."""
+"""The log-sum-exp of attention that somebody else runs, overheard from torch's fused kernels, which compute it."""
 
 from typing import Any
 

@@ -1,8 +1,8 @@
 """Probabilities summed over rows, where attention sums over keys: what tiles of rows give to every key.
 
-The log-sum-exp of the rows is known, so one product of queries and keys is all there is to do. A program keeps a block of
-keys and goes through the rows that see it; probabilities add up entry by entry in registers, and are summed over
-rows once a tile. Nothing is added to memory, so that every run gives the same bits.
+The log-sum-exp of the rows is known, so one product of queries and keys is all there is to do. A program keeps a
+block of keys and goes through the rows that see it; probabilities add up entry by entry in registers, and are summed
+over rows once a tile. Nothing is added to memory, so that every run gives the same bits.
 """
 
 import torch
@@ -60,7 +60,8 @@ def totals(
     (B, H, T, D), S = q.shape, k.shape[2]
     q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))
     KEYS, ROWS, warps, stages = EXACT if q.dtype == torch.float32 else LAUNCHES[D <= 64]
-    blocks, steps = -(-S // KEYS), -(-(-(-T // tiles)) // ROWS)
+    blocks, longest = -(-S // KEYS), -(-T // tiles)
+    steps = -(-longest // ROWS)
     top = torch.where(lse == -torch.inf, FAR, lse.float() * LOG2E.value).contiguous()
     mass = torch.zeros(B, H, tiles, S, dtype=torch.float32, device=q.device)
     spread = torch.zeros(B, H, tiles, blocks, dtype=torch.float32, device=q.device) if entropy else None
