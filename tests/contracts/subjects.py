@@ -1,4 +1,7 @@
-"""The subjects of the contract tests: every mechanism that can be attached, in the setting its card shows."""
+"""The subjects of the contract tests: every mechanism that can be attached, in the setting its card shows.
+
+These tests feed text. A mechanism whose card says `images` refuses that; tests/adapters/test_branch_images.py has it.
+"""
 
 import torch
 
@@ -6,7 +9,7 @@ from regard import catalog
 from regard.adapters.families import Decoder
 from regard.recipes.recipe import Recipe, place
 
-MECHANISMS = sorted(catalog.attachable())
+MECHANISMS = sorted(stem for stem, entry in catalog.attachable().items() if not entry.card.images)
 NEUTRAL = [stem for stem, entry in catalog.attachable().items() if entry.card.neutral is not None]
 
 

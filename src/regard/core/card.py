@@ -40,7 +40,7 @@ class Card:
     (None: it has no such setting), `example` options small enough to show it at work on a short text (the
     contract tests run them). `oracles` says what the file was checked against. `whole_layers`
     forbids a choice of heads. `whole_model`: the mechanism decides over all layers at once, so that it is placed on all
-    of them and a search spares none.
+    of them and a search spares none. `images`: it works on images, and refuses a request of text alone.
     """
 
     title: str
@@ -54,6 +54,7 @@ class Card:
     aliases: tuple[str, ...] = ()
     whole_layers: bool = False
     whole_model: bool = False
+    images: bool = False
     neutral: dict[str, Any] | None = None
     example: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Option] = field(default_factory=dict)

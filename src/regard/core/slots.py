@@ -1,11 +1,12 @@
 """What one layer of an attached model does differently: the bound mechanisms, in running order."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.core.pattern import Pattern
 from regard.core.step import Step
@@ -197,19 +198,74 @@ class Feed:
     seen: Callable[[Tensor, Tensor, Step], None]
 
 
+# Features of one image as the language model takes them: `[n, d]`, and those that deeper layers add, `[n, d]` each.
+Image = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The images of a request that a model encoded together, and what it made of them.
+
+    Args:
+        model: the language model, with its encoder.
+        given: what the encoder was given, by name: `pixel_values` and what describes them.
+        images: what it made of them, in the prompt's order.
+        encode: the encoder and projector themselves; `encode(pixel_values=...)` with other arguments in place of some.
+        caught: what `Contrast.around` yielded.
+        lent: what the user gave with `handle.lending`, None: nothing.
+    """
+
+    model: nn.Module
+    given: Mapping[str, Any]
+    images: Sequence[Image]
+    encode: Callable[..., list[Image]]
+    caught: Any
+    lent: Any
+
+
+Around = Callable[[nn.Module, Any], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """One more branch of a request: it is fed the same emitted tokens, and differs from the request as said here.
+
+    Args:
+        prompt: `f(ids [B, N], mask [B, N])` makes its prompt and mask, of any length, padded on the left, int64, the
+            mask 0 at padding; None: the request's own. Not asked where the user gives it (`handle.branching`).
+        view: what it sees in place of the request's images, one for each; an image of fewer tokens than the request's
+            leaves that many out of the prompt. None: the same. With a view, text alone is refused.
+        around: `f(model, lent)` is entered while the branch runs (other weights).
+        check: `f(model, lent)` raises, before the request's prompt is complete, where the branch cannot run.
+        exits: layers, counted from 1, after which its stream leaves early: more logits of the same forward.
+    """
+
+    prompt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    view: Callable[[Sight], Sequence[Image]] | None = None
+    around: Around | None = None
+    check: Callable[[nn.Module, Any], None] | None = None
+    exits: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Contrast:
-    """Site `logits`: a second branch with another prompt, fed the same tokens after it.
+    """Site `logits`: branches of a request, and how their logits are combined.
 
-    `branch(ids [B, N], mask [B, N])` makes the branch's prompt and its mask, of any length, padded on the left; both
-    are int64, and `mask` is 0 at padding. It is not asked where the user gives that prompt (`handle.branching`).
-    `combine(logits [B, R, V], other [B, R, V])` returns the logits that are used in place of `logits`, of the last
-    prompt row and all response rows; the same row of both follows the same emitted tokens.
+    Args:
+        name: of the mechanism.
+        combine: `f(z)` returns the logits that are used in place of the request's own, of the last prompt row and all
+            response rows. `z` holds the request's own `[B, R, V]` and those of its `exits`, then those of each branch
+            in the same way; the same row of all follows the same emitted tokens.
+        branches: besides the request.
+        around: `f(model, lent)` is entered while the request's own images are encoded.
+        exits: of the request itself, as in `BranchSpec`.
     """
 
     name: str
-    branch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    combine: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Sequence[Tensor]], Tensor]
+    branches: tuple[BranchSpec, ...]
+    around: Around | None = None
+    exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
