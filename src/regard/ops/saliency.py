@@ -1,71 +1,54 @@
-"""Attention times its gradient: how much a loss depends on each probability, through a gate of ones."""
+"""Attention times its gradient, of few rows, from the gradient of the layer's output.
 
-from collections.abc import Sequence
+Hallucination Begins Where Saliency Drops multiplies attention by a gate of ones and takes the gradient of that. It is
+`A_ij (dL/do_i . v_j)`, so no gate is built, and a model runs its own attention.
+"""
 
 import torch
 from torch import Tensor
 
-from regard.core.errors import RegardError
 from regard.core.shapes import group_size
 
 
-def gated(
+def salient(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gate: Tensor,
+    slope: Tensor,
     *,
     scale: float,
     mask: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """`(A * gate) v`, with `A` the probabilities over the keys that `mask` allows; plain attention where the gate is 1.
-
-    The gradient of a loss by the gate, at 1, is `A * dL/dA`, so no gradient is taken of `A` itself.
+    """`A * dL/dA`, signed, over the keys that `mask` allows.
 
     Args:
         q: `[B, H, T, D]`.
         k: `[B, Hk, S, D]`, `Hk` dividing `H`.
         v: `[B, Hk, S, Dv]`.
-        gate: `[B, H, T, S]`, of ones. It costs T x S: give few rows.
+        slope: `[B, H, T, Dv]`, the gradient of the loss by the output of attention.
         scale: of the scores.
-        mask: bool `[1|B, 1|H, T, S]`, or None for all keys.
+        mask: bool `[1|B, 1|H, T, S]`, every row with a key; None: all keys.
         softcap: of the scores, or None.
 
     Returns:
-        `[B, H, T, Dv]` in q's dtype.
+        `[B, H, T, S]` float32 (float64 for float64): T x S, so give few rows.
     """
     group = group_size(q, k)
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    scores = (q.unflatten(1, (-1, group)) @ k[:, :, None].mT).flatten(1, 2).to(exact) * scale
+    keys, values = (x.to(exact)[:, :, None].mT for x in (k, v))
+    scores = (q.to(exact).unflatten(1, (-1, group)) @ keys).flatten(1, 2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = (scores.softmax(-1) * gate).unflatten(1, (-1, group))
-    return (weights @ v[:, :, None].to(exact)).flatten(1, 2).to(q.dtype)
-
-
-def by_gates(loss: Tensor, gates: Sequence[Tensor], keep: bool = False) -> list[Tensor]:
-    """`A * dL/dA` of every gate that was given to `gated`, signed, in its shape.
-
-    Args:
-        loss: a number that depends on them.
-        gates: which.
-        keep: the graph, for another loss.
-
-    Raises:
-        RegardError: gradients are off, so that there is no graph.
-    """
-    if not loss.requires_grad:
-        raise RegardError("saliency needs gradients, and the loss has none; leave torch.inference_mode() and no_grad()")
-    return list(torch.autograd.grad(loss, list(gates), retain_graph=keep))
+    return scores.softmax(-1) * (slope.to(exact).unflatten(1, (-1, group)) @ values).flatten(1, 2)
 
 
 def layer_map(raw: Tensor) -> Tensor:
     """Saliency of one layer, `raw [B, H, T, S]`: sizes, mean over heads, every row over its length: `[B, T, S]`.
 
-    Source: Hallucination Begins Where Saliency Drops; zhangbaijin/LVLMs-Saliency, do_reject_sample.py.
+    Source: zhangbaijin/LVLMs-Saliency, do_reject_sample.py.
     """
     mean = raw.abs().mean(1)
     return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-9)

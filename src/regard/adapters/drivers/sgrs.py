@@ -17,7 +17,7 @@ from regard.adapters import seam
 from regard.adapters.families import Decoder
 from regard.adapters.intercept import intercept
 from regard.core.errors import RegardError
-from regard.ops.saliency import by_gates, gated, layer_map
+from regard.ops.saliency import layer_map, salient
 
 
 @dataclass(frozen=True)
@@ -93,26 +93,35 @@ class _Rule:
 
 
 class _Row:
-    """Answers attention: as the model does, and for the row that emits, in `layers`, through a gate."""
+    """Answers attention as the model does, and keeps what the saliency of the row that emits follows from."""
 
     def __init__(self) -> None:
         self.layers: frozenset[int] = frozenset()
         self.windows: tuple[int | None, ...] = ()
-        self.gates: dict[int, Tensor] | None = None
+        self.listening = False
+        self.calls: list[tuple[seam.Call, Tensor]] = []
 
     def __call__(self, call: seam.Call) -> Tensor:
-        layer = call.seat.layer
-        if self.gates is None or layer not in self.layers:
-            return call.own()[0].transpose(1, 2)
+        out = call.own()[0].transpose(1, 2)
+        if not self.listening or call.seat.layer not in self.layers:
+            return out
         call.refuse_extras()
-        # A sliding layer may still hold keys that slid out of its window.
-        seen = slice(-(self.windows[layer] or call.key.shape[2]), None)
-        key, value = call.key[:, :, seen], call.value[:, :, seen]
-        q = call.query
-        exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-        gate = torch.ones(*q.shape[:3], key.shape[2], dtype=exact, device=q.device, requires_grad=True)
-        self.gates[layer] = gate
-        return gated(q, key, value, gate, scale=call.scale, softcap=call.softcap)
+        # The gradient by an added 0 is that by the output, also where all weights are frozen.
+        zero = torch.zeros_like(out, requires_grad=True)
+        self.calls.append((call, zero))
+        return out + zero
+
+    def maps(self, loss: Tensor) -> list[Tensor]:
+        """The row's saliency for a loss, `[keys seen]` of every layer."""
+        slopes = torch.autograd.grad(loss, [zero for _, zero in self.calls], retain_graph=True)
+        found = []
+        for (call, _), slope in zip(self.calls, slopes, strict=True):
+            # A sliding layer may still hold keys that slid out of its window.
+            seen = slice(-(self.windows[call.seat.layer] or call.key.shape[2]), None)
+            key, value = call.key[:, :, seen].detach(), call.value[:, :, seen].detach()
+            raw = salient(call.query.detach(), key, value, slope, scale=call.scale, softcap=call.softcap)
+            found.append(layer_map(raw)[0, -1])
+        return found
 
 
 def _sample(
@@ -131,7 +140,7 @@ def _sample(
     while len(ids) < tokens:
         given: dict[str, Any] = {"input_ids": torch.tensor([[ids[-1]]], device=device)} if ids else inputs
         graph = bool(rule.alpha and ids)
-        run.gates = {} if graph else None
+        run.listening, run.calls = graph, []
         with torch.set_grad_enabled(graph):
             logits = model(**given, past_key_values=cache, use_cache=True).logits[0, -1].float()
             log_probs = logits.log_softmax(-1)
@@ -177,14 +186,11 @@ def _choose(
 
 def _examine(run: _Row, log_probs: Tensor, ids: Tensor, outputs: int) -> Callable[[int], float]:
     """The saliency of a candidate by its number: one backward through the row that emits it."""
-    assert run.gates is not None
-    gates = list(run.gates.values())
 
     def saliency(candidate: int) -> float:
         with torch.enable_grad():
-            raw = by_gates(-log_probs[ids[candidate]], gates, keep=True)
-        rows = [layer_map(part)[0, -1] for part in raw]
-        # The last `outputs` keys, as far as a sliding layer still sees them: the others have none of the loss.
+            rows = run.maps(-log_probs[ids[candidate]])
+        # The last `outputs` keys; those that slid out of a layer's window count as 0.
         return sum(float(row[-outputs:].sum()) for row in rows) / (outputs * len(rows))
 
     return saliency

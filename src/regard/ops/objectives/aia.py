@@ -12,7 +12,7 @@ CARD = Card(
     arxiv="2511.22663",
     sheet=161,
     implements="Interaction intensities, the stepwise targets of both tasks, and the Huber loss towards them.",
-    exact=True,
+    exact=False,
     saving="none",
     departures=(
         "The weight has no default: the paper's text says 40, its ablation 50, the released code 5 and 10.",

@@ -12,7 +12,7 @@ from regard.ops.maps import on_grid, resized
 
 CARD = Card(
     title="Unleashing the Potential of Multimodal LLMs for Zero-Shot Spatio-Temporal Video Grounding",
-    arxiv=None,
+    arxiv="2509.15178",
     sheet=105,
     implements="The ratio of two maps, scores of tracks, the window in time, the reversed clip, and the visual prompt "
     "that is tuned at test time so that the answer is yes.",
@@ -79,7 +79,7 @@ def show(
     Raises:
         RegardError: there is no proposal, maps, masks and grid disagree, or a map holds NaN.
 
-    Source: zaiquanyang/LLaVA_Next_STVG, stvg/datasets/evaluation/hcstvg_eval.py.
+    Source: arXiv 2509.15178; zaiquanyang/LLaVA_Next_STVG, stvg/datasets/evaluation/hcstvg_eval.py.
     """
     if len(tuple(grid)) != 3:
         raise RegardError(f"a clip has frames, rows and columns, got a grid of {tuple(grid)}")
