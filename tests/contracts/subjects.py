@@ -1,6 +1,7 @@
 """The subjects of the contract tests: every mechanism that can be attached, in the setting its card shows.
 
-These tests feed text. A mechanism whose card says `images` refuses that; tests/adapters/test_branch_images.py has it.
+These tests feed text. Mechanisms that need pixels, by their cards, refuse that: tests/adapters/test_branch_images.py has
+them.
 """
 
 import torch
@@ -9,7 +10,7 @@ from regard import catalog
 from regard.adapters.families import Decoder
 from regard.recipes.recipe import Recipe, place
 
-MECHANISMS = sorted(stem for stem, entry in catalog.attachable().items() if not entry.card.images)
+MECHANISMS = sorted(stem for stem, entry in catalog.attachable().items() if entry.card.needs != "pixels")
 NEUTRAL = [stem for stem, entry in catalog.attachable().items() if entry.card.neutral is not None]
 
 

@@ -60,7 +60,8 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
         heads = _indices("head", placement.heads, decoder.kv_heads)
         module = catalog.load(placement.stem)
         for index in _indices("layer", placement.layers, decoder.layers):
-            where = Where(index, decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim, heads)
+            shape = (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim)
+            where = Where(index, *shape, heads, decoder.width)
             for verb in entry.verbs:
                 layers[index].claim(verb, entry.stem, heads)
                 if verb == "edit":

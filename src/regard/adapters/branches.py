@@ -32,10 +32,12 @@ class _Forward:
     Args:
         given: arguments of the language model, by name.
         brings: whether images are among them.
+        exits: layers whose logits stand behind the request's own in what it returns.
     """
 
     given: dict[str, Any]
     brings: bool
+    exits: tuple[int, ...]
     step: Step | None = None
     cache: StoreCache | None = None
     fork: Fork | None = None
@@ -119,8 +121,10 @@ class Branches:
         if len(images) < len(foreign) or not isinstance(given.get("input_ids"), Tensor):
             what = " and ".join(name for name in foreign if name not in images) or "no input_ids"
             raise RegardError(f"branches of {self._name} read tokens and images; this forward brings {what}")
-        self._forward = _Forward(given, bool(images))
-        return self._exits.expect(module, self._contrast.exits, given, given.get("logits_to_keep", 0))
+        # A loss is taken of the model's own rows.
+        exits = self._contrast.exits if given.get("labels") is None else ()
+        self._forward = _Forward(given, bool(images), exits)
+        return self._exits.expect(module, exits, given, given.get("logits_to_keep", 0))
 
     def _is_image(self, name: str, value: Any) -> bool:
         if self._sights.token is None:
@@ -178,7 +182,7 @@ class Branches:
             return out
         fork = forward.cache.fork = forward.fork
         step, logits = forward.step, out[0] if isinstance(out, tuple) else out.logits
-        own = logits.chunk(1 + len(self._contrast.exits), dim=1)
+        own = logits.chunk(1 + len(forward.exits), dim=1)
         mixed = own[0]
         if step.prompt is not None and step.stop >= step.prompt:
             first, others = max(step.start, step.prompt - 1), []

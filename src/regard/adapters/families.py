@@ -83,6 +83,11 @@ class Decoder:
         return len(self.attentions)
 
     @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return self.config.hidden_size
+
+    @property
     def vocabulary(self) -> int:
         """Number of token ids."""
         return self.config.vocab_size

@@ -161,9 +161,10 @@ class Watch:
 
 @dataclass(frozen=True)
 class Write:
-    """Site `residual`: what a part of the layer adds to the residual stream, before it is added.
+    """Site `residual`: what a part of the layer adds to the residual stream, and the stream as it leaves the layer.
 
-    `run(part, x [B, T, d], step)` returns it edited; `part` is "attention" or "feed_forward".
+    `run(part, x [B, T, d], step)` returns it edited; `part` is "attention" or "feed_forward", before it is added, or
+    "layer".
     """
 
     name: str

@@ -35,7 +35,7 @@ CARD = Card(
         "two runs of the model without a cache, one on the masked pixels",
     ),
     whole_model=True,
-    images=True,
+    needs="pixels",
     neutral={"alpha": 0.0, "beta": 0.0},
     example={"alpha": 1.0, "beta": 0.0},
     options={

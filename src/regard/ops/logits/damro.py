@@ -34,7 +34,7 @@ CARD = Card(
         "two planted outliers that vote for a wrong label lose at alpha 0.5",
     ),
     whole_model=True,
-    images=True,
+    needs="pixels",
     neutral={"alpha": 0.0, "beta": 0.0},
     example={"alpha": 1.0, "beta": 0.0, "outliers": 3},
     options={

@@ -33,7 +33,7 @@ CARD = Card(
         "each loss gives gradients to its own projector and to nothing else",
     ),
     whole_model=True,
-    images=True,
+    needs="pixels",
     neutral={"alpha": 0.0, "beta": 0.0},
     example={"alpha": 1.0, "beta": 0.0},
     options={
