@@ -26,9 +26,10 @@ def test_common_noise_cancels():
     torch.testing.assert_close(carve.contrast(asked * noise, general * noise, 0), carve.contrast(asked, general, 0))
 
 
-def test_equal_maps_keep_the_whole_image_and_say_so():
-    given = drawn(2, 3, 20)
-    shown = carve.show(given, given, (4, 5), (8, 10))
+@pytest.mark.parametrize(("size", "factor"), [(1.0, 1.0), (1.0, 3.0), (1e-8, 1.0)])
+def test_equal_maps_keep_the_whole_image_and_say_so(size, factor):
+    given = drawn(2, 3, 20) * size
+    shown = carve.show(given * factor, given, (4, 5), (8, 10))
     assert not shown.informative
     assert shown.mask.all()
     assert shown.box == (0, 0, 8, 10)

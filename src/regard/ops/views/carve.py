@@ -43,7 +43,7 @@ CARD = Card(
         "kept": Option(default=None, low=1, optional=True, doc="regions kept; none: max(3, share of all), as released"),
     },
 )
-FLAT = 1e-3  # maps that vary by less, relative to their mean, do not differ
+FLAT = 1e-3  # maps that differ by less, relative to their size, say nothing of the question
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +103,9 @@ def show(
         raise RegardError(f"share must lie in [0, 1] and kept be at least 1, got share={share} and kept={kept}")
     steps = min(len(question), len(general))
     scores = fused(on_grid(contrast(question[:steps], general[:steps], floor), grid), image_size, fuse)
-    spread = scores.max() - scores.min()
-    if spread <= FLAT * scores.mean():
+    # Where attention is as small as the floor, the contrast of equal maps is below 1, so they are compared themselves.
+    same = torch.allclose(question[:steps], general[:steps], rtol=FLAT, atol=0)
+    if same or scores.max() - scores.min() <= FLAT * scores.mean():
         mask = torch.ones_like(scores, dtype=torch.bool)
         return Shown(mask, (0, 0, mask.shape[0], mask.shape[1]), scores, informative=False)
     rank = math.floor((1 - share) * (scores.numel() - 1)) + 1
