@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Saving = Literal["none", "compute", "memory"]
-Needs = Literal["nothing", "pixels"]
+Needs = Literal["nothing", "map", "image", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +41,8 @@ class Card:
     (None: it has no such setting), `example` options small enough to show it at work on a short text (the
     contract tests run them). `oracles` says what the file was checked against. `whole_layers`
     forbids a choice of heads. `whole_model`: the mechanism decides over all layers at once, so that it is placed on all
-    of them and a search spares none. `needs` says what it needs besides tokens: the images
-    themselves ("pixels"; a request of text alone is refused).
+    of them and a search spares none. `needs` says what it has to be told besides tokens: a "map" of their kinds, one in
+    which every row has an "image", or the images themselves ("pixels"; a request of text alone is refused).
     """
 
     title: str
