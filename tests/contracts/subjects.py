@@ -1,7 +1,7 @@
 """The subjects of the contract tests: every mechanism that can be attached, in the setting its card shows.
 
-These tests feed text. Mechanisms that need pixels, by their cards, refuse that: tests/adapters/test_branch_images.py has
-them.
+These tests feed text. Mechanisms that need pixels, by their cards, refuse that: tests/adapters/test_branch_images.py
+has them.
 """
 
 import torch
