@@ -1,5 +1,6 @@
 """Branches that see other images: whichever way people decode, they equal runs of the model without a cache."""
 
+import inspect
 from typing import Any
 
 import pytest
@@ -27,6 +28,13 @@ def llava():
 def other(given):
     """Pixels of another view."""
     return given["pixel_values"].flip(-1) * 0.5
+
+
+def one_each(given):
+    """Two prompts of an image each, the first one padded."""
+    row = given["input_ids"][0][given["attention_mask"][0].bool()]
+    ids = torch.stack((torch.cat((row.new_zeros(2), row)), torch.cat((row, row.new_tensor([9, 30])))))
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": given["pixel_values"][:2]}
 
 
 def positions(model, mask):
@@ -60,10 +68,6 @@ class Uncached(LogitsProcessor):
     def __call__(self, input_ids, scores):
         times = input_ids.shape[0] // self.given["input_ids"].shape[0]
         given = {name: x.repeat_interleave(times, 0) for name, x in self.given.items()}
-        if times > 1:
-            counts = (self.given["input_ids"] == vlms.IMAGE).sum(1) // 16
-            rows = [x for x in self.given["pixel_values"].split(counts.tolist()) for _ in range(times)]
-            given["pixel_values"] = torch.cat(rows)
         z = uncached(self.model, longer(given, input_ids[:, self.prompt :]))[:, -1]
         return (self.weights[0] * scores + self.weights[1] * z).log_softmax(-1)
 
@@ -88,9 +92,12 @@ def test_another_view_equals_uncached_runs_on_every_family(family):
 @pytest.mark.parametrize("way", GENERATE)
 @pytest.mark.parametrize("recipe", ["view", "prompt"])
 def test_every_way_of_generating_equals_uncached_runs(llava, way, recipe):
-    model, given = llava
+    model, given = llava[0], one_each(llava[1])
     if way == "prompt lookup":
-        given = {name: x[:1] for name, x in given.items()}
+        given = {name: x[1:] for name, x in given.items()}
+    if way == "chunked prefill" and "mm_encoder_outputs" not in inspect.signature(model.forward).parameters:
+        pytest.skip("this release of transformers prefills in chunks without the images")
+    own = run(model, given, way)
     if recipe == "view":
         placed, weights, branch = ADDED, (1, ALPHA), given | {"pixel_values": other(given)}
     else:
@@ -102,7 +109,7 @@ def test_every_way_of_generating_equals_uncached_runs(llava, way, recipe):
     with regard.attach(model, placed) as handle, handle.lending(other(given)):
         found = run(model, given, way)
     assert torch.equal(found, wanted)
-    assert not torch.equal(found, run(model, given, way))
+    assert not torch.equal(found, own)
 
 
 def test_generating_without_a_cache(llava):

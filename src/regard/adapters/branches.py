@@ -124,6 +124,8 @@ class Branches:
         # A loss is taken of the model's own rows.
         exits = self._contrast.exits if given.get("labels") is None else ()
         self._forward = _Forward(given, bool(images), exits)
+        rows = self._requests.rows
+        self._sights.times = max(1, given["input_ids"].shape[0] // rows) if rows else 1
         return self._exits.expect(module, exits, given, given.get("logits_to_keep", 0))
 
     def _is_image(self, name: str, value: Any) -> bool:
@@ -177,6 +179,7 @@ class Branches:
             return out
         forward, self._forward = self._forward, None
         self._exits.forget()
+        self._sights.times = 1
         # A forward that failed comes here too, without an output.
         if out is None or forward is None or forward.step is None or forward.cache is None or forward.fork is None:
             return out

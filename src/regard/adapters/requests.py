@@ -162,7 +162,8 @@ class Requests:
             for edit in layer.slots.rows:
                 edit.check(step)
             for stem, need in layer.slots.needs if not self._aside else ():
-                known = step.said(stem)
+                if need in ("map", "image"):
+                    known = step.said(stem)
                 if need == "image":
                     known.require(Kind.VISUAL, stem)
         for layer in running:

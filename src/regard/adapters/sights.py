@@ -36,10 +36,12 @@ class Form:
     def joined(self, images: Sequence[Image]) -> Any:
         """`images` as the encoder would return them."""
         features, *deep = zip(*images, strict=True)
-        full: dict[str, Any] = {"pooler_output": torch.stack(features) if self.stacked else features}
+        # Some encoders add fields to an output that has none of that name.
+        full = self.kind()
+        full.pooler_output = torch.stack(features) if self.stacked else features
         if deep:
-            full["deepstack_features"] = [torch.cat(layer) if self.deep else layer for layer in deep]
-        return self.kind(**full)
+            full.deepstack_features = [torch.cat(layer) if self.deep else layer for layer in deep]
+        return full
 
 
 @dataclass(eq=False)
@@ -75,6 +77,7 @@ class Sights:
         owners = [m for m in language.modules() if hasattr(m, ENCODE) and decoder in m.modules()]
         self._owner = owners[-1] if owners else None
         self._answer: Any = None
+        self.times = 1
         self.last: Seen | None = None
         self.lent: Any = None
         if self._owner is None and any(spec.view for spec in contrast.branches):
@@ -110,7 +113,7 @@ class Sights:
             if spec.view is None:
                 views.append(images)
                 continue
-            view = spec.view(Sight(self._language, given, images, again, caught, self.lent))
+            view = spec.view(Sight(self._language, given, images, again, caught, self.lent, self.times))
             found = [len(image[0]) for image in view]
             if len(view) != len(images) or any(n > len(image[0]) for n, image in zip(found, images, strict=True)):
                 raise RegardError(

@@ -258,6 +258,7 @@ class Sight:
         encode: the encoder and projector themselves; `encode(pixel_values=...)` with other arguments in place of some.
         caught: what `Contrast.around` yielded.
         lent: what the user gave with `handle.lending`, None: nothing.
+        times: how often each image of the user's request comes in a row: older `generate` repeats them for its beams.
     """
 
     model: nn.Module
@@ -266,6 +267,7 @@ class Sight:
     encode: Callable[..., list[Image]]
     caught: Any
     lent: Any
+    times: int
 
 
 Around = Callable[[nn.Module, Any], AbstractContextManager[Any]]

@@ -62,6 +62,7 @@ def contrast(where: Where, *, alpha: float, beta: float) -> Contrast | None:
             raise RegardError(
                 "'agla' needs the masked view of the request's images: handle.lending(pixel_values), from agla.masked"
             )
+        other = other.repeat_interleave(sight.times, 0)
         if other.shape != own.shape:
             raise RegardError(f"'agla' was lent pixels {list(other.shape)} for images {list(own.shape)}")
         return sight.encode(pixel_values=other.to(own))

@@ -118,6 +118,7 @@ def _lent(sight: Sight) -> Sequence[Tensor]:
     scores = list(sight.lent) if isinstance(sight.lent, (Tensor, list, tuple)) else None
     if scores is None or not all(isinstance(c, Tensor) and c.ndim == 1 for c in scores):
         raise RegardError("'damro' takes scores of the images' tokens, [images, n] or one [n] an image")
+    scores = [c for c in scores for _ in range(sight.times)]
     if len(scores) != len(sight.images):
         raise RegardError(f"'damro' was lent scores of {len(scores)} images, and the request has {len(sight.images)}")
     return [c.to(image[0].device) for c, image in zip(scores, sight.images, strict=True)]
