@@ -39,6 +39,12 @@ def test_an_image_has_its_keys_scaled_or_a_mask_added(mode, cuts):
     torch.testing.assert_close(found, softmax(plain), atol=1e-12, rtol=1e-9)
 
 
+def test_tiles_of_one_image_share_its_factor():
+    q, k = drawn()
+    tiles = TokenMap(MAP.kinds, (Span(0, 2, 4, image=0), Span(0, 4, 6, image=0), Span(0, 9, 12, image=1), SPANS[2]))
+    assert torch.equal(maps(q, k, tokens=tiles, rescore=(made(),)), maps(q, k, tokens=MAP, rescore=(made(),)))
+
+
 def test_no_image_changes_nothing_and_identity_is_neutral():
     q, k = drawn()
     text = TokenMap.of_text(torch.ones(2, N))
