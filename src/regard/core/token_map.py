@@ -116,11 +116,11 @@ class TokenMap:
 
     @cached_property
     def images(self) -> Tensor:
-        """`[1|B, n]`: the number, within its row, of the span a token is of; -1 outside all."""
+        """`[1|B, n]`: which image of its row a token shows, by its span, or by the spans' order; -1 outside all."""
         found = torch.full(self.kinds.shape, -1, dtype=torch.long, device=self.kinds.device)
         count = [0] * self.rows
         for span in self.spans:
-            found[span.row, span.start : span.stop] = count[span.row]
+            found[span.row, span.start : span.stop] = count[span.row] if span.image is None else span.image
             count[span.row] += 1
         return found
 

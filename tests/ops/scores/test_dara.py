@@ -39,13 +39,18 @@ def test_an_image_has_its_keys_scaled_or_a_mask_added(mode, cuts):
     torch.testing.assert_close(found, softmax(plain), atol=1e-12, rtol=1e-9)
 
 
+def test_tiles_of_one_image_share_its_factor():
+    q, k = drawn()
+    tiles = TokenMap(MAP.kinds, (Span(0, 2, 4, image=0), Span(0, 4, 6, image=0), Span(0, 9, 12, image=1), SPANS[2]))
+    assert torch.equal(maps(q, k, tokens=tiles, rescore=(made(),)), maps(q, k, tokens=MAP, rescore=(made(),)))
+
+
 def test_no_image_changes_nothing_and_identity_is_neutral():
     q, k = drawn()
     text = TokenMap.of_text(torch.ones(2, N))
     assert torch.equal(maps(q, k, tokens=text, rescore=(made(),)), maps(q, k))
     assert made(factors=torch.ones(2, 4, 2)) is None
     assert made(factors=torch.zeros(2, 4, 2), mode="add") is None
-    assert made(factors=None) is None
 
 
 def test_more_images_than_factors_are_refused_or_share_the_last():
@@ -77,6 +82,8 @@ def test_gradients_of_factors_are_right_and_reach_them_through_a_model(mode):
 def test_bad_factors_and_a_missing_map_are_named():
     with pytest.raises(regard.RegardError, match=r"\[layers, heads, images\] = \[2, 4, 1 or more\], got \[2, 3, 2\]"):
         made(factors=torch.ones(2, 3, 2))
+    with pytest.raises(regard.RegardError, match=r"needs factors \[layers, heads, images\]; train some"):
+        made(factors=None)
     with pytest.raises(regard.RegardError, match="not finite"):
         made(factors=torch.full((2, 4, 1), torch.nan))
     model, (ids, mask) = tiny("llama"), prompts()

@@ -29,14 +29,12 @@ CARD = Card(
         "as many numbers a layer as heads times images",
     ),
     needs="map",
-    neutral={"factors": None},
     options={
         "factors": Option(
             kind="tensor",
             default=None,
-            optional=True,
             shape=("layers", "heads", 2),
-            doc="[L, H, images] factors, or sums in mode 'add'; any number of images; none: nothing changes",
+            doc="[L, H, images] factors, or sums in mode 'add'; any number of images",
         ),
         "mode": Option(kind="str", default="scale", choices=("scale", "add"), doc="what is done with a score"),
         "share": Option(kind="bool", default=False, doc="images beyond the factors take the last one"),
@@ -48,10 +46,10 @@ def rescore(where: Where, *, factors: Tensor | None, mode: str, share: bool) -> 
     """Scores of visual keys times their factor, or plus it.
 
     Raises:
-        RegardError: `factors` is not `[layers, heads, images]`, or not finite.
+        RegardError: `factors` is missing, not `[layers, heads, images]`, or not finite.
     """
     if factors is None:
-        return None
+        raise RegardError("'dara' needs factors [layers, heads, images]; train some while attached, from ones")
     if factors.ndim != 3 or tuple(factors.shape[:2]) != (where.layers, where.heads) or not factors.shape[2]:
         wanted = f"[layers, heads, images] = [{where.layers}, {where.heads}, 1 or more]"
         raise RegardError(f"'dara' needs factors of shape {wanted}, got {list(factors.shape)}")
