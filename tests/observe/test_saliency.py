@@ -8,7 +8,7 @@ from families import VOCABULARY, tiny
 from regard import observe
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
-from regard.primitives.saliency import saliency
+from regard.observe.saliency import tiled
 
 T = 13
 
@@ -36,10 +36,10 @@ def test_is_the_gradient_of_an_all_ones_gate():
     gate = torch.ones_like(weights).requires_grad_()
     (known,) = torch.autograd.grad(((weights * gate) @ values * dout).sum(), gate)
     every = torch.arange(T + 1)
-    found = saliency(q, k, v, lse, dout, row_edges=every, key_edges=every, **CALL)
+    found = tiled(q, k, v, lse, dout, row_edges=every, key_edges=every, **CALL)
     torch.testing.assert_close(found, known.abs())
     rows, keys = torch.tensor([0, 3, 7, T]), torch.tensor([0, 10, T])
-    pooled = saliency(q, k, v, lse, dout, row_edges=rows, key_edges=keys, **CALL)
+    pooled = tiled(q, k, v, lse, dout, row_edges=rows, key_edges=keys, **CALL)
     torch.testing.assert_close(pooled[:, :, 1, 0], known.abs()[:, :, 3:7, :10].sum((-2, -1)))
     torch.testing.assert_close(pooled[:, :, 2, 1], known.abs()[:, :, 7:, 10:].sum((-2, -1)))
 
@@ -50,7 +50,7 @@ def test_gradcheck():
 
     def run(q, k, v, dout):
         lse = (q @ k.mT * 0.4).masked_fill(~torch.ones(T, T, dtype=torch.bool).tril(), -torch.inf).logsumexp(-1)
-        return saliency(q, k, v, lse, dout, row_edges=edges, key_edges=edges, **CALL)
+        return tiled(q, k, v, lse, dout, row_edges=edges, key_edges=edges, **CALL)
 
     assert torch.autograd.gradcheck(run, (q, k, v, dout))
 

@@ -12,9 +12,9 @@ from regard.adapters.seam import Call
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.ops.attention import attend
+from regard.ops.massive import peaks
 from regard.ops.totals import edges, totals
-from regard.primitives.massive import peaks
-from regard.primitives.overheard import Overheard
+from regard.primitives.sdpa import Overheard
 
 READINGS = ("masses", "columns", "entropy", "maps", "sinks", "norms")
 # Probabilities by tile and key that are in memory at once (64 MiB): heads are read in turns.

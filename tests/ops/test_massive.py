@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from regard.core.errors import RegardError
-from regard.primitives.massive import massive, peaks
+from regard.ops.massive import massive, peaks
 
 
 def test_one_planted_token_is_found_and_scaling_changes_nothing():
