@@ -62,7 +62,8 @@ def test_help():
 
 def test_every_mechanism_was_tried_on_every_family():
     for entry in catalog.attachable().values():
-        assert set(support(entry)) == set(FAMILIES), "run `make docs`"
+        if entry.card.needs != "pixels":
+            assert set(support(entry)) == set(FAMILIES), "run `make docs`"
 
 
 def test_families_in_words():

@@ -2,19 +2,10 @@
 
 import pytest
 
-from contracts.subjects import token_map
-from regard.adapters.requests import Requests
+from contracts.subjects import telling
 
 
 @pytest.fixture(autouse=True)
-def _reading(monkeypatch):
-    """Requests under mechanisms that have to know their tokens are told; a map of its own is left."""
-    own = Requests._said
-
-    def said(self, batch, padding, stop, device):
-        told = own(self, batch, padding, stop, device)
-        if told is not None or self._aside or not any(slots and slots.needs for slots in self.slots):
-            return told
-        return token_map(batch, padding).to(device)
-
-    monkeypatch.setattr(Requests, "_said", said)
+def _reading():
+    with telling():
+        yield

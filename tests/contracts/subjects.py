@@ -3,10 +3,14 @@
 These tests feed text. Mechanisms whose cards need pixels refuse that: tests/adapters/test_branch_images.py has them.
 """
 
+from contextlib import contextmanager
+from unittest.mock import patch
+
 import torch
 
 from regard import catalog
 from regard.adapters.families import Decoder
+from regard.adapters.requests import Requests
 from regard.core.token_map import Kind, Span, TokenMap
 from regard.recipes.recipe import Recipe, place
 
@@ -28,6 +32,21 @@ def token_map(batch, padding=None):
         sets["local"][row, pad + 2 : pad + 5] = True
         sets["summary"][row, pad + 5] = True
     return TokenMap(kinds, tuple(Span(row, pad + 2, pad + 7) for row, pad in enumerate(padding)), sets)
+
+
+@contextmanager
+def telling():
+    """Inside, requests under mechanisms that have to know their tokens are told; a map of its own is left."""
+    own = Requests._said
+
+    def said(self, batch, padding, stop, device):
+        told = own(self, batch, padding, stop, device)
+        if told is not None or self._aside or not any(slots and slots.needs for slots in self.slots):
+            return told
+        return token_map(batch, padding).to(device)
+
+    with patch.object(Requests, "_said", said):
+        yield
 
 
 def example(stem: str, decoder: Decoder) -> Recipe:

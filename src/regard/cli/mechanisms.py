@@ -79,6 +79,8 @@ def support(entry: catalog.Entry) -> dict[str, str | None] | None:
 
 
 def _families(entry: catalog.Entry) -> str:
+    if entry.attachable and entry.card.needs == "pixels":
+        return "models that see images (docs/design.md, section 9)"
     if entry.attachable:
         return families_text(support(entry))
     use = "`regard train` makes models with it" if entry.used_by == "training" else f"call `{entry.call}`"
