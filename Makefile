@@ -84,7 +84,7 @@ $(STAMP)-lint $(STAMP)-docs: $(STAMP)-test
 
 .venv-floor/.stamp: $(SOURCES)
 	test -x $(FLOOR)/python || $(PYTHON) -m venv .venv-floor
-	$(FLOOR)/python $(INSTALL) -c constraints.txt -e '.[demo]' $(FLOOR_TESTS) 'transformers==5.17.*' 'huggingface-hub<2'
+	$(FLOOR)/python $(INSTALL) -c constraints.txt -e '.[demo,vision]' $(FLOOR_TESTS) 'transformers==5.17.*' 'huggingface-hub<2'
 	$(FLOOR)/python $(INSTALL) $(DEMO_MODEL)
 	@touch $@
 

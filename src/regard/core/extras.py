@@ -7,7 +7,7 @@ from types import ModuleType
 from regard.core.errors import RegardError
 
 # Module -> the extra of `regard` that brings it.
-EXTRAS = {"optuna": "search", "tensorboard": "train", "gguf": "demo", "accelerate": "demo"}
+EXTRAS = {"optuna": "search", "tensorboard": "train", "gguf": "demo", "accelerate": "demo", "PIL": "vision"}
 
 
 def need(module: str, extra: str | None = None) -> ModuleType:

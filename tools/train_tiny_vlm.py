@@ -1,0 +1,333 @@
+"""Trains the tiny vision-language model and measures it: `python tools/train_tiny_vlm.py --out FOLDER`.
+
+Chats about scenes are written beforehand, by all cores; pictures are rendered on the device. A row is a chat about one
+image or none, or one about two; the two sorts take turns, so that shapes are fixed and steps are replayed as graphs.
+"""
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import count, cycle
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from regard.measure import scene_questions as ask
+from regard.measure.hallucination import answerer, evaluate
+from regard.measure.scenes import KINDS, Scenes, Thing, draw, render
+from regard.models import vlm
+from regard.search import facts
+from regard.train.graphs import Replay, own_stream
+
+TEXT = 64  # most tokens of a row that are no image
+PER_IMAGE = (vlm.SIDE // vlm.PATCH) ** 2
+SHARD = 4096
+NOT_ASKED = -100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run; each is an option of the command line.
+
+    Args:
+        steps, batch, rate, decay: of AdamW; the rate rises for a fiftieth of the steps and falls as a cosine.
+        rows: chats written beforehand for each sort of row.
+        seconds: stop training after so many, the schedule with it; 0: never. A run that this stops is not repeatable.
+        hidden: of the second ones of a pair, the share that is spoken of and not painted.
+        yes: share of questions of existence whose answer is yes.
+        close: of the others, the share that asks for a missing partner, where there is one.
+        captions: weight of captions among the turns about an image; existence weighs 0.35.
+        seen: weight of the loss that makes the class token tell the kinds in the picture.
+        seeds: evaluations, each with scenes and questions of its own.
+    """
+
+    steps: int = 4000
+    batch: int = 512
+    rate: float = 2e-3
+    decay: float = 0.05
+    rows: int = 400_000
+    seconds: int = 0
+    hidden: float = 0.5
+    yes: float = 0.6
+    close: float = 0.3
+    captions: float = 0.25
+    seen: float = 0.3
+    seeds: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Chats of one sort.
+
+    Args:
+        tokens: `[N, L]` int16, padded on the right.
+        asked: `[N, L]` bool, the tokens that the assistant says.
+        scenes: the scenes shown, `images` a chat, chat after chat.
+        images: of a chat.
+    """
+
+    tokens: Tensor
+    asked: Tensor
+    scenes: Scenes
+    images: int
+
+
+def turns(things: list[Thing], random: Random, settings: Settings, image: int | None) -> Iterator[ask.Question]:
+    """Questions about a scene without end; a caption comes once at most."""
+    weights = {
+        "caption": settings.captions,
+        "exists": 0.35,
+        "count": 0.15,
+        "colour": 0.1,
+        "place": 0.1,
+        "neutral": 0.08,
+    }
+    while True:
+        sort = random.choices(list(weights), list(weights.values()))[0]
+        if sort == "caption":
+            weights.pop(sort)
+            yield ask.caption(things, image)
+        elif sort == "neutral":
+            yield ask.neutral(random)
+        elif sort == "exists":
+            yield ask.existence(things, random, image, settings.yes, settings.close)
+        elif (one := ask.ABOUT_A_SCENE[sort](things, random, image)) is not None:
+            yield one
+
+
+def chat(shown: list[list[Thing]], random: Random, settings: Settings) -> list[tuple[int, ask.Question]]:
+    """Turns of a chat, each with the number of images it begins with.
+
+    Two images come together, each question naming one, or one after the other, as in a prompt with examples.
+    """
+    if not shown:
+        return [(0, ask.neutral(random)) for _ in range(4)]
+    if len(shown) == 1:
+        asked = turns(shown[0], random, settings, None)
+        return [(number, next(asked)) for number in (1, 0, 0)]
+    if random.random() < 0.5:
+        both = [turns(things, random, settings, image) for image, things in enumerate(shown)]
+        return [(number, next(random.choice(both))) for number in (2, 0, 0)]
+    chats = [turns(things, random, settings, None) for things in shown]
+    return [(1, next(chats[0])), (1, next(chats[1])), (0, next(chats[1]))]
+
+
+def written(turns: list[tuple[int, ask.Question]], ids: dict[str, int], system: bool) -> tuple[list[int], list[bool]]:
+    """The tokens of a chat, and which of them the assistant says. What no longer fits is left out, turn by turn."""
+    said = [vlm.BEGIN, *([vlm.SYSTEM, *ask.SYSTEM.split()] if system else [])]
+    asked, text = [False] * len(said), len(said)
+    for images, one in turns:
+        shown = [vlm.USER, *[vlm.IMAGE] * (PER_IMAGE * images), *one.text.split(), vlm.ASSISTANT]
+        answer = [*one.answer.split(), vlm.END]
+        text += len(shown) - PER_IMAGE * images + len(answer)
+        if text > TEXT and not images:
+            break
+        said += shown + answer
+        asked += [False] * len(shown) + [True] * len(answer)
+    return [ids[word] for word in said], asked
+
+
+def shard(number: int, images: int, settings: Settings, ids: dict[str, int]) -> list[Any]:
+    """One shard of the rows as arrays: its tokens, what is asked of them, and the fields of its scenes."""
+    torch.set_num_threads(1)
+    seed = settings.seed * 1_000_003 + number * 2 + (images == 2)
+    random = Random(seed)
+    drawn = draw(SHARD * max(images, 1), seed, hidden=settings.hidden, weakest=0.03, masked=0.1)
+    things = drawn.things()
+    length = TEXT + PER_IMAGE * images
+    tokens = torch.zeros(SHARD, length, dtype=torch.int16)
+    asked = torch.zeros(SHARD, length, dtype=torch.bool)
+    for row in range(SHARD):
+        shown = things[row * images : (row + 1) * images]
+        line, mask = written(chat(shown, random, settings), ids, random.random() < 0.25)
+        tokens[row, : len(line)] = torch.tensor(line, dtype=torch.int16)
+        asked[row, : len(line)] = torch.tensor(mask)
+    # Arrays are copied between processes; of tensors, each would hold a file open.
+    return [one.numpy() for one in (tokens, asked, *(getattr(drawn, field.name) for field in fields(Scenes)))]
+
+
+def write_rows(settings: Settings, ids: dict[str, int]) -> list[Rows]:
+    """All rows: with one image, and a quarter as many each with none and with two; written by all cores."""
+    shards = max(settings.rows // SHARD, 1)
+    numbers = {1: range(shards), 0: range(-(-shards // 4)), 2: range(-(-shards // 4))}
+    work = partial(shard, settings=settings, ids=ids)
+    # Forked, since children that start anew would each import everything; they never touch a GPU.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        waiting = {images: pool.map(work, some, [images] * len(some)) for images, some in numbers.items()}
+        return [_joined(list(waiting[images]), images) for images in (0, 1, 2)]
+
+
+def _joined(shards: list[list[Any]], images: int) -> Rows:
+    tokens, asked, *drawn = (torch.cat([torch.from_numpy(one) for one in part]) for part in zip(*shards, strict=True))
+    return Rows(tokens, asked, Scenes(*drawn), images)
+
+
+class Feed:
+    """Rows as they are trained on: pictures rendered once, noise new every time."""
+
+    def __init__(self, parts: list[Rows], sizes: list[int], device: torch.device, seed: int):
+        """Batches are of `sizes[i]` rows of each of the `parts`, padded to the longest."""
+        self.random = torch.Generator(device).manual_seed(seed)
+        self.parts, self.sizes, self.device = parts, sizes, device
+        self.tokens = [part.tokens.to(device) for part in parts]
+        self.asked = [part.asked.to(device) for part in parts]
+        self.pictures = [self._rendered(part.scenes) if part.images else None for part in parts]
+        self.kinds = [_kinds(part.scenes).to(device) for part in parts]
+
+    def _rendered(self, scenes: Scenes) -> Tensor:
+        pieces = [render(scenes[at : at + 8192].to(self.device), noise=0) for at in range(0, len(scenes), 8192)]
+        return torch.cat(pieces).permute(0, 3, 1, 2)
+
+    def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens and labels `[B, L]`, pixels `[N, 3, 64, 64]`, kinds that can be seen `[N, 42]`."""
+        longest = max(tokens.shape[1] for tokens in self.tokens)
+        tokens, labels, pixels, kinds = [], [], [], []
+        for i, (part, size) in enumerate(zip(self.parts, self.sizes, strict=True)):
+            row = torch.randint(len(part.tokens), (size,), generator=self.random, device=self.device)
+            pad = (0, longest - part.tokens.shape[1])
+            line = F.pad(self.tokens[i][row].long(), pad)
+            tokens.append(line)
+            labels.append(line.masked_fill(~F.pad(self.asked[i][row], pad), NOT_ASKED))
+            if (pictures := self.pictures[i]) is not None:
+                image = (row[:, None] * part.images + torch.arange(part.images, device=self.device)).flatten()
+                pixels.append(self._noisy(pictures[image]))
+                kinds.append(self.kinds[i][image])
+        return torch.cat(tokens), torch.cat(labels), torch.cat(pixels), torch.cat(kinds)
+
+    def _noisy(self, pictures: Tensor) -> Tensor:
+        """Pixels in -1..1. What lies outside a window is black and stays so."""
+        size = (len(pictures), 1, 1, 1)
+        spread = 3 + 9 * torch.rand(size, generator=self.random, device=self.device)
+        noise = spread * torch.randn(pictures.shape, generator=self.random, device=self.device)
+        return ((pictures + noise * (pictures > 0)).clamp(0, 255) / 127.5) - 1
+
+
+def _kinds(scenes: Scenes) -> Tensor:
+    """`[N, 42]`, 1 for a kind that can be seen."""
+    shown = torch.where((scenes.kind >= 0) & (scenes.opacity > 0), scenes.kind, len(KINDS))
+    return torch.zeros(len(scenes), len(KINDS) + 1).scatter_(1, shown, 1.0)[:, :-1]
+
+
+def loss_of(model: Any, head: nn.Linear, inputs: tuple[Tensor, ...], seen: float) -> Tensor:
+    """Cross-entropy of what the assistant says, and of the kinds that the class token tells."""
+    tokens, labels, pixels, kinds = inputs
+    inner = model.model
+    views = inner.vision_tower(pixels, output_hidden_states=True)
+    features = inner.multi_modal_projector(views.hidden_states[model.config.vision_feature_layer][:, 1:])
+    embeds = model.get_input_embeddings()(tokens)
+    embeds = embeds.masked_scatter((tokens == model.config.image_token_id)[..., None], features.to(embeds.dtype))
+    hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    logits, told = model.lm_head(hidden[:, :-1]).float(), head(views.pooler_output)
+    said = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NOT_ASKED)
+    return said + seen * 4 * F.binary_cross_entropy_with_logits(told.float(), kinds)
+
+
+class Trainer:
+    """The model, what it learns by, and one step."""
+
+    def __init__(self, model: Any, settings: Settings, device: torch.device):
+        self.model, self.settings, self.device = model.to(device).train(), settings, device
+        self.head = nn.Linear(model.config.vision_config.hidden_size, len(KINDS)).to(device)
+        weights = [*model.parameters(), *self.head.parameters()]
+        self.weights = [weight for weight in weights if weight.requires_grad]
+        groups = [
+            {"params": [w for w in self.weights if w.ndim > 1], "weight_decay": settings.decay},
+            {"params": [w for w in self.weights if w.ndim <= 1], "weight_decay": 0.0},
+        ]
+        graphs = device.type == "cuda"
+        self.rate = torch.tensor(0.0, device=device)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=graphs)
+        if not graphs:  # only a fused one reads a tensor
+            self.rate = None
+            self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        """One step; its loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False):
+            loss = loss_of(self.model, self.head, inputs, self.settings.seen)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        return loss.detach()
+
+    def pace(self, done: float) -> None:
+        """The learning rate after a share `done` of the run."""
+        rate = self.settings.rate * min(done * 50, 0.5 * (1 + torch.cos(torch.tensor(done * torch.pi)).item()))
+        if self.rate is not None:
+            self.rate.fill_(rate)
+        for group in self.optimizer.param_groups if self.rate is None else ():
+            group["lr"] = rate
+
+
+def train(model: Any, rows: list[Rows], settings: Settings, device: torch.device) -> dict[str, Any]:
+    """Train `model` in place; what there is to say of it. Every sixth batch shows two images a row."""
+    trainer = Trainer(model, settings, device)
+    text = max(settings.batch // 16, 1)
+    one = Feed([rows[1], rows[0]], [settings.batch - text, text], device, settings.seed)
+    two = Feed([rows[2]], [settings.batch // 2], device, settings.seed + 1)
+    losses, began = [], time.monotonic()
+    with own_stream(device) as stream, stream:
+        single, double = (Replay(trainer.step, device, None) for _ in range(2))
+        for step, (run, feed) in zip(count(), cycle([(single, one)] * 5 + [(double, two)])):
+            spent = time.monotonic() - began
+            done = max(step / settings.steps, spent / settings.seconds if settings.seconds else 0.0)
+            if done >= 1:
+                break
+            trainer.pace(done)
+            loss = run(*feed())
+            if step % max(settings.steps // 40, 1) == 0:
+                losses.append(loss.item())
+                print(f"step {step}, {time.monotonic() - began:.1f} s, loss {losses[-1]:.4f}", flush=True)
+    if single.why:
+        print(f"no graph: {single.why}")
+    return {"steps": step, "training seconds": time.monotonic() - began, "losses": losses}
+
+
+def measured(model: Any, processor: Any, seeds: int) -> list[dict[str, Any]]:
+    """One row a seed."""
+    answer = answerer(model.eval(), processor, batch=256)
+    return [{"what": f"seed {seed}", "seed": seed} | evaluate(answer, seed=seed).row() for seed in range(seeds)]
+
+
+def main() -> None:
+    """Train, save, measure what was saved, and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
+    parser.add_argument("--result", type=Path, help="file for the figures; the default is tiny-vlm.json in the folder")
+    parser.add_argument("--commit", help="the commit these files are of, where they lie outside a checkout")
+    given = vars(parser.parse_args())
+    out, result, commit = given.pop("out"), given.pop("result"), given.pop("commit")
+    settings = Settings(**given)
+    began = time.monotonic()
+    rows = write_rows(settings, vlm.make_processor(ask.words()).tokenizer.get_vocab())
+    model, processor = vlm.build(ask.words(), settings.seed)
+    print(f"wrote {sum(len(part.tokens) for part in rows)} chats in {time.monotonic() - began:.1f} s")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    told = train(model, rows, settings, device)
+    model.to(torch.bfloat16).save_pretrained(out)
+    processor.save_pretrained(out)
+    figures = measured(model.float(), processor, settings.seeds)
+    about = facts.machine(model) | {"model": facts.model_facts(model), "settings": vars(settings)} | told
+    about |= {"commit": commit or about["commit"], "seconds": time.monotonic() - began}
+    content = json.dumps({"case": "tiny-vlm", "facts": about, "rows": figures}, indent=1)
+    (result or out / "tiny-vlm.json").write_text(content + "\n", encoding="utf-8")
+    for row in figures:
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
