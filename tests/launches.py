@@ -174,3 +174,13 @@ def sla() -> None:
     for D, dtype in [(128, torch.bfloat16), (64, torch.float16), (128, torch.float32)]:
         q = _empty(1, 12, 32_760, D, dtype=dtype)
         linear(q, q, q, _empty(D, D, dtype=dtype), q, _empty(D, dtype=dtype), features="softmax", floor=1e-5)
+
+
+def totals() -> None:
+    from regard.kernels.attention.totals import totals
+
+    for D, dtype, window, entropy in [(64, torch.bfloat16, None, True), (64, torch.bfloat16, None, False),
+                                      (128, torch.bfloat16, 4096, True), (64, torch.float32, None, True)]:  # fmt: skip
+        q, k = _empty(1, 32, 32768, D, dtype=dtype), _empty(1, 8, 32768, D, dtype=dtype)
+        lse = _empty(1, 32, 32768, dtype=torch.float32)
+        totals(q, k, lse, tiles=128, scale=D**-0.5, window=window, entropy=entropy)

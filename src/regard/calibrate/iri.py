@@ -6,8 +6,7 @@ of the answer's probability is the layer's recovery rate.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,9 @@ from regard.adapters.seam import open_free
 from regard.calibrate.common import Progress
 from regard.core.errors import RegardError
 from regard.measure.replay import forward, quiet
+from regard.observe.tracing import LEAST, Patches
 
 PARTS = ("attention", "feed_forward")
-# A sample whose noise costs the answer less than this cannot tell what restores it.
-LEAST = 1e-3
 
 
 @dataclass(frozen=True)
@@ -186,69 +184,50 @@ def probabilities(
         batch: runs in one forward.
     """
     device = next(model.parameters()).device
-    ids, runs = sample.prompt[None].to(device), _Runs(decoder.layers)
-    with quiet(model), _hooked(decoder, runs):
-        clean = _answer(forward(model, ids, None, keep=1), sample.answer)
-        runs.clean = runs.last
-        start, stop = sample.span
-        shape = (stop - start, runs.embedded.shape[-1])
-        scale = noise * runs.embedded.float().std()
-        runs.noise = (sample.span, scale * torch.randn(shape, generator=drawn).to(scale))
-        # The last token alone is patched, so what comes before it is run once.
-        before = forward(model, ids[:, :-1], None, keep=1).past_key_values
-        runs.noise, found = None, []
-        for part in patches.split(batch):
-            cache = copy.deepcopy(before)
-            cache.batch_repeat_interleave(len(part))
-            runs.patch = part.to(device)
-            found.append(_answer(forward(model, ids[:, -1:].expand(len(part), -1), cache, keep=1), sample.answer))
-            runs.patch = None
+    ids, parts, given = sample.prompt[None].to(device), Patches(PARTS), _Embedded()
+    embeddings: Any = decoder.module
+    hook = embeddings.get_input_embeddings().register_forward_hook(given.hook)
+    try:
+        with quiet(model), parts.on(decoder):
+            parts.recording = True
+            clean = _answer(forward(model, ids, None, keep=1), sample.answer)
+            parts.recording = False
+            parts.clean = {place: x[:, -1:] for place, x in parts.clean.items()}
+            # The last token alone is patched, so what comes before it is run once.
+            given.disturb(sample.span, noise, drawn)
+            before = forward(model, ids[:, :-1], None, keep=1).past_key_values
+            given.noise, found = None, []
+            parts.rows = torch.ones(1, 1, dtype=torch.bool, device=device)
+            for part in patches.split(batch):
+                cache = copy.deepcopy(before)
+                cache.batch_repeat_interleave(len(part))
+                parts.chosen = part.to(device)
+                found.append(_answer(forward(model, ids[:, -1:].expand(len(part), -1), cache, keep=1), sample.answer))
+    finally:
+        hook.remove()
     return float(clean), torch.cat(found)
 
 
-class _Runs:
-    """What hooks note and change: the clean run's outputs at the last token, noise, and which rows are patched."""
+class _Embedded:
+    """Embeddings as they come, or with noise on a span."""
 
-    def __init__(self, layers: int):
-        self.last: list[list[Tensor]] = [[torch.empty(0)] * layers for _ in PARTS]
-        self.clean: list[list[Tensor]] = []
-        self.embedded = torch.empty(0)
-        self.noise: tuple[tuple[int, int], Tensor] | None = None
-        self.patch: Tensor | None = None
+    def __init__(self) -> None:
+        self.clean = torch.empty(0)
+        self.noise: tuple[slice, Tensor] | None = None
 
-    def embed(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def disturb(self, span: tuple[int, int], noise: float, drawn: torch.Generator) -> None:
+        """From now on there is noise on `span`, of `noise` standard deviations of the embeddings seen last."""
+        scale = noise * self.clean.float().std()
+        made = torch.randn(span[1] - span[0], self.clean.shape[-1], generator=drawn)
+        self.noise = slice(*span), scale * made.to(scale)
+
+    def hook(self, module: nn.Module, args: Any, out: Tensor) -> Tensor:
         if self.noise is None:
-            self.embedded = out
+            self.clean = out
             return out
-        (start, stop), noise = self.noise
-        return torch.cat((out[:, :start], out[:, start:stop] + noise.to(out), out[:, stop:]), dim=1)
-
-    def part(self, kind: int, layer: int) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: Any, out: Any) -> Any:
-            x = out[0] if isinstance(out, tuple) else out
-            if not self.clean:
-                self.last[kind][layer] = x[0, -1]
-            if self.patch is not None:
-                rows = self.patch[:, kind, layer, None, None]
-                x = torch.where(rows, self.clean[kind][layer], x)
-            return (x, *out[1:]) if isinstance(out, tuple) else x
-
-        return hook
-
-
-@contextmanager
-def _hooked(decoder: Decoder, runs: _Runs) -> Iterator[None]:
-    places = [(kind, layer) for kind in range(len(PARTS)) for layer in range(decoder.layers)]
-    modules = [decoder.part(layer, f"{PARTS[kind]}_out") for kind, layer in places]
-    model: Any = decoder.module
-    handles = [model.get_input_embeddings().register_forward_hook(runs.embed)]
-    try:
-        for place, module in zip(places, modules, strict=True):
-            handles.append(module.register_forward_hook(runs.part(*place)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+        (span, noise), noisy = self.noise, out.clone()
+        noisy[:, span] += noise.to(out)
+        return noisy
 
 
 def _answer(out: Any, answer: int) -> Tensor:

@@ -45,14 +45,53 @@ def column_mass(
     Raises:
         RegardError: `lse` is not `[B, H, T]`, or the head counts do not divide.
     """
+    edges = torch.tensor([0, q.shape[2]])
+    call = {"pattern": pattern, "q_positions": q_positions, "k_positions": k_positions, "scale": scale}
+    return tile_mass(q, k, lse, edges=edges, softcap=softcap, **call)[0][:, :, 0]
+
+
+def tile_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    *,
+    edges: Tensor,
+    pattern: Pattern | None,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`column_mass` of every tile of rows, and the entropy of its rows; rows are computed in blocks, differentiable.
+
+    Args:
+        q: `[B, H, T, D]`.
+        k: `[B, Hk, S, D]`.
+        lse: `[B, H, T]`, as `column_mass` takes it.
+        edges: `[R + 1]` ascending from 0 to T; tile r holds rows `edges[r]` to `edges[r + 1] - 1`.
+        pattern: who sees whom; None: all real keys.
+        q_positions: `[1|B, T]`; negative ones are rows that do not count.
+        k_positions: `[1|B, S]` or `[1|B, Hk, S]`.
+        scale: of the scores.
+        softcap: of the scores.
+
+    Returns:
+        `[B, H, R, S]`: probabilities that the keys get, summed over the tile's rows; `[B, H, R]`: `-sum p log p` of
+        the tile's rows, summed, in nats. Both float32 (float64 for float64).
+
+    Raises:
+        RegardError: `lse` is not `[B, H, T]`, or the head counts do not divide.
+    """
     if lse.shape != q.shape[:3]:
         raise RegardError(f"lse must be [B, H, T] = {list(q.shape[:3])}, got {list(lse.shape)}")
     exact = torch.float64 if q.dtype == torch.float64 else torch.float32
-    batch, kv_heads, group = q.shape[0], k.shape[1], group_size(q, k)
+    batch, kv_heads, group, tiles = q.shape[0], k.shape[1], group_size(q, k), len(edges) - 1
     # A row that sees nothing has no lse; its entries are masked all the same.
     known = lse.masked_fill(lse == -torch.inf, 0).to(exact).unflatten(1, (kv_heads, group))
     grouped = q.to(exact).unflatten(1, (kv_heads, group))
-    mass = torch.zeros(batch, kv_heads, group, k.shape[2], dtype=exact, device=q.device)
+    tile = torch.searchsorted(edges[1:].contiguous(), torch.arange(q.shape[2]), right=True).to(q.device)
+    mass = torch.zeros(batch, kv_heads, group, tiles, k.shape[2], dtype=exact, device=q.device)
+    entropy = mass.new_zeros(mass.shape[:4])
     for rows, mask in _blocks(pattern, q_positions, k_positions, q.shape[0] * q.shape[1]):
         seen = mask.flatten(0, 2).any(0).nonzero()[:, 0]
         some = k.index_select(2, seen).to(exact)
@@ -60,9 +99,14 @@ def column_mass(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         open_ = mask.index_select(3, seen)[:, :, None]
-        part = torch.exp((scores - known[:, :, :, rows, None]).masked_fill(~open_, -torch.inf)).sum(3)
-        mass = mass.index_add(3, seen, part)
-    return mass.flatten(1, 2)
+        logs = (scores - known[:, :, :, rows, None]).masked_fill(~open_, -torch.inf)
+        part = torch.exp(logs)
+        mine = tile[rows]
+        entropy = entropy.index_add(3, mine, -(part * logs.masked_fill(~open_, 0)).sum(-1))
+        first, last = int(mine[0]), int(mine[-1]) + 1
+        pooled = part.new_zeros(*part.shape[:3], last - first, part.shape[4]).index_add(3, mine - first, part)
+        mass[:, :, :, first:last] = mass[:, :, :, first:last].index_add(4, seen, pooled)
+    return mass.flatten(1, 2), entropy.flatten(1, 2)
 
 
 def column_rows(pattern: Pattern | None, q_positions: Tensor, k_positions: Tensor) -> Tensor:
