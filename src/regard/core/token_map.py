@@ -1,7 +1,7 @@
 """What the tokens of a request are: padding, template, question, image, answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -22,12 +22,21 @@ class Kind(IntEnum):
     GENERATED = 4
 
 
+Box = tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
 class Span:
-    """One image or clip: arrivals `start` to `stop - 1` of `row`.
+    """One image or clip, or a tile or a frame of one: arrivals `start` to `stop - 1` of `row`.
 
-    `grid` is (frames, rows, columns) of its tokens in order, None where they form no grid (row separators between
-    tiles, a resampler's queries). `kind` is "image" or "video".
+    Args:
+        row, start, stop: where it is.
+        grid: (frames, rows, columns) of its tokens in order, None where they form no grid (a class token, a
+            resampler's queries).
+        kind: "image" or "video".
+        image: which image or clip of its row it shows, where an image may have several spans; None: nobody said.
+        box: which part, as shares (top, left, bottom, right) of what the processor cut up; None: not known.
+        separators: how many of the grid's last columns end a row of it, and show nothing.
     """
 
     row: int
@@ -35,6 +44,9 @@ class Span:
     stop: int
     grid: tuple[int, int, int] | None = None
     kind: str = "image"
+    image: int | None = None
+    box: Box | None = None
+    separators: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +55,7 @@ class TokenMap:
 
     Args:
         kinds: `[1|B, n]` int8, values of `Kind`.
-        spans: images and clips, by row and then by start.
+        spans: images, clips and their parts, by row and then by start.
 
     Raises:
         RegardError: kinds of another shape or value, a span outside the row, over padding, over another span, or
@@ -129,11 +141,7 @@ class TokenMap:
 
     def repeat(self, times: int) -> "TokenMap":
         """Each row `times` times, as `generate` repeats them for beams."""
-        spans = [
-            Span(span.row * times + i, span.start, span.stop, span.grid, span.kind)
-            for span in self.spans
-            for i in range(times)
-        ]
+        spans = [replace(span, row=span.row * times + i) for span in self.spans for i in range(times)]
         return TokenMap(self.kinds.repeat_interleave(times, 0), tuple(sorted(spans, key=lambda s: (s.row, s.start))))
 
     def to(self, device: torch.device) -> "TokenMap":
