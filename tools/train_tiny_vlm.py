@@ -33,6 +33,7 @@ TEXT = 64  # most tokens of a row that are no image
 PER_IMAGE = (vlm.SIDE // vlm.PATCH) ** 2
 SHARD = 4096
 NOT_ASKED = -100
+FIGURES = "tiny-vlm.json"
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,24 @@ class Settings:
         yes: share of questions of existence whose answer is yes.
         close: of the others, the share that asks for a missing partner, where there is one.
         captions: weight of captions among the turns about an image; existence weighs 0.35.
-        seen: weight of the loss that makes the class token tell the kinds in the picture.
+        seen: weight of the losses that make the vision tower tell what it sees: the class token the kinds in the
+            picture, every patch the kind that stands there. They stand for a tower trained beforehand.
+        graphs: 0: steps are launched kernel by kernel on a GPU too.
         seeds: evaluations, each with scenes and questions of its own.
     """
 
-    steps: int = 4000
-    batch: int = 512
-    rate: float = 2e-3
+    steps: int = 5000
+    batch: int = 256
+    rate: float = 1.5e-3
     decay: float = 0.05
-    rows: int = 400_000
+    rows: int = 200_000
     seconds: int = 0
-    hidden: float = 0.5
+    hidden: float = 0.6
     yes: float = 0.6
-    close: float = 0.3
+    close: float = 0.4
     captions: float = 0.25
-    seen: float = 0.3
+    seen: float = 0.5
+    graphs: int = 1
     seeds: int = 5
     seed: int = 0
 
@@ -183,16 +187,17 @@ class Feed:
         self.tokens = [part.tokens.to(device) for part in parts]
         self.asked = [part.asked.to(device) for part in parts]
         self.pictures = [self._rendered(part.scenes) if part.images else None for part in parts]
-        self.kinds = [_kinds(part.scenes).to(device) for part in parts]
+        self.kinds = [_kinds(part.scenes.to(device)) for part in parts]
+        self.patches = [_patches(part.scenes.to(device)) for part in parts]
 
     def _rendered(self, scenes: Scenes) -> Tensor:
         pieces = [render(scenes[at : at + 8192].to(self.device), noise=0) for at in range(0, len(scenes), 8192)]
         return torch.cat(pieces).permute(0, 3, 1, 2)
 
-    def __call__(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens and labels `[B, L]`, pixels `[N, 3, 64, 64]`, kinds that can be seen `[N, 42]`."""
+    def __call__(self) -> tuple[Tensor, ...]:
+        """Tokens and labels `[B, L]`, pixels `[N, 3, 64, 64]`, the kinds seen `[N, 42]` and where `[N, 64]`."""
         longest = max(tokens.shape[1] for tokens in self.tokens)
-        tokens, labels, pixels, kinds = [], [], [], []
+        tokens, labels, pixels, kinds, patches = [], [], [], [], []
         for i, (part, size) in enumerate(zip(self.parts, self.sizes, strict=True)):
             row = torch.randint(len(part.tokens), (size,), generator=self.random, device=self.device)
             pad = (0, longest - part.tokens.shape[1])
@@ -203,7 +208,8 @@ class Feed:
                 image = (row[:, None] * part.images + torch.arange(part.images, device=self.device)).flatten()
                 pixels.append(self._noisy(pictures[image]))
                 kinds.append(self.kinds[i][image])
-        return torch.cat(tokens), torch.cat(labels), torch.cat(pixels), torch.cat(kinds)
+                patches.append(self.patches[i][image].long())
+        return tuple(torch.cat(parts) for parts in (tokens, labels, pixels, kinds, patches))
 
     def _noisy(self, pictures: Tensor) -> Tensor:
         """Pixels in -1..1. What lies outside a window is black and stays so."""
@@ -216,21 +222,59 @@ class Feed:
 def _kinds(scenes: Scenes) -> Tensor:
     """`[N, 42]`, 1 for a kind that can be seen."""
     shown = torch.where((scenes.kind >= 0) & (scenes.opacity > 0), scenes.kind, len(KINDS))
-    return torch.zeros(len(scenes), len(KINDS) + 1).scatter_(1, shown, 1.0)[:, :-1]
+    return torch.zeros(len(scenes), len(KINDS) + 1, device=shown.device).scatter_(1, shown, 1.0)[:, :-1]
 
 
-def loss_of(model: Any, head: nn.Linear, inputs: tuple[Tensor, ...], seen: float) -> Tensor:
-    """Cross-entropy of what the assistant says, and of the kinds that the class token tells."""
-    tokens, labels, pixels, kinds = inputs
+def _patches(scenes: Scenes) -> Tensor:
+    """`[N, 64]` uint8, the kind that can be seen at each patch, `len(KINDS)` for none."""
+    across = vlm.SIDE // vlm.PATCH
+    at = (torch.arange(across, device=scenes.x.device) + 0.5) * vlm.PATCH
+    result = torch.full((len(scenes), across, across), len(KINDS), dtype=torch.uint8, device=scenes.x.device)
+    for slot in range(scenes.kind.shape[1]):
+        kind, x, y, radius = (part[:, slot, None, None] for part in (scenes.kind, scenes.x, scenes.y, scenes.radius))
+        dx, dy = (at[None, None, :] - x).abs(), (at[None, :, None] - y).abs()
+        near = (dx.square() + dy.square() < radius.square()) | (torch.maximum(dx, dy) <= vlm.PATCH / 2)
+        near &= (kind >= 0) & (scenes.opacity[:, slot, None, None] > 0)
+        result = torch.where(near, kind.to(torch.uint8), result)
+    return result.flatten(1)
+
+
+def loss_of(model: Any, heads: nn.ModuleList, inputs: tuple[Tensor, ...], seen: float) -> Tensor:
+    """Cross-entropy of what the assistant says, and of the kinds that the class token and the patches tell."""
+    tokens, labels, pixels, kinds, patches = inputs
     inner = model.model
     views = inner.vision_tower(pixels, output_hidden_states=True)
-    features = inner.multi_modal_projector(views.hidden_states[model.config.vision_feature_layer][:, 1:])
-    embeds = model.get_input_embeddings()(tokens)
-    embeds = embeds.masked_scatter((tokens == model.config.image_token_id)[..., None], features.to(embeds.dtype))
-    hidden = inner.language_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    logits, told = model.lm_head(hidden[:, :-1]).float(), head(views.pooler_output)
+    parts = views.hidden_states[model.config.vision_feature_layer][:, 1:]
+    features = inner.multi_modal_projector(parts)
+    embeds = _shown(model.get_input_embeddings()(tokens), tokens == model.config.image_token_id, features)
+    logits = model.lm_head(_decoded(inner.language_model, embeds)[:, :-1]).float()
     said = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NOT_ASKED)
-    return said + seen * 4 * F.binary_cross_entropy_with_logits(told.float(), kinds)
+    whole, each = heads[0](views.pooler_output).float(), heads[1](parts).float()
+    told = 4 * F.binary_cross_entropy_with_logits(whole, kinds)
+    where = F.cross_entropy(each.flatten(0, 1), patches.flatten(), reduction="none")
+    # Nine patches of ten show nothing.
+    weight = 0.1 + 0.9 * (patches.flatten() < len(KINDS))
+    return said + seen * (told + (where * weight).sum() / weight.sum())
+
+
+def _decoded(decoder: Any, embeds: Tensor) -> Tensor:
+    """What the language model makes of `embeds [B, L, C]` without padding.
+
+    Layer by layer, because its own forward looks whether rows are packed, and waits for the device.
+    """
+    rotary = decoder.rotary_emb(embeds, torch.arange(embeds.shape[1], device=embeds.device)[None])
+    for layer in decoder.layers:
+        embeds = layer(embeds, attention_mask=None, position_embeddings=rotary)
+    return decoder.norm(embeds)
+
+
+def _shown(embeds: Tensor, at: Tensor, features: Tensor) -> Tensor:
+    """`embeds [B, L, C]` with `features [N, P, C]` in its places `at [B, L]`, of which there are N P."""
+    # Not masked_scatter, whose gradient waits for the device. The other places read any feature, each another one.
+    flat = features.flatten(0, 1)
+    spread = torch.arange(at.numel(), device=at.device) % len(flat)
+    index = torch.where(at.flatten(), at.flatten().cumsum(0) - 1, spread)
+    return torch.where(at[..., None], flat.index_select(0, index).view(*at.shape, -1), embeds)
 
 
 class Trainer:
@@ -238,8 +282,9 @@ class Trainer:
 
     def __init__(self, model: Any, settings: Settings, device: torch.device):
         self.model, self.settings, self.device = model.to(device).train(), settings, device
-        self.head = nn.Linear(model.config.vision_config.hidden_size, len(KINDS)).to(device)
-        weights = [*model.parameters(), *self.head.parameters()]
+        width = model.config.vision_config.hidden_size
+        self.heads = nn.ModuleList(nn.Linear(width, number) for number in (len(KINDS), len(KINDS) + 1)).to(device)
+        weights = [*model.parameters(), *self.heads.parameters()]
         self.weights = [weight for weight in weights if weight.requires_grad]
         groups = [
             {"params": [w for w in self.weights if w.ndim > 1], "weight_decay": settings.decay},
@@ -256,7 +301,7 @@ class Trainer:
         """One step; its loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False):
-            loss = loss_of(self.model, self.head, inputs, self.settings.seen)
+            loss = loss_of(self.model, self.heads, inputs, self.settings.seen)
         loss.backward()
         nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.optimizer.step()
@@ -277,9 +322,9 @@ def train(model: Any, rows: list[Rows], settings: Settings, device: torch.device
     text = max(settings.batch // 16, 1)
     one = Feed([rows[1], rows[0]], [settings.batch - text, text], device, settings.seed)
     two = Feed([rows[2]], [settings.batch // 2], device, settings.seed + 1)
-    losses, began = [], time.monotonic()
+    step, losses, began = 0, [], time.monotonic()
     with own_stream(device) as stream, stream:
-        single, double = (Replay(trainer.step, device, None) for _ in range(2))
+        single, double = (Replay(trainer.step, device, None if settings.graphs else False) for _ in range(2))
         for step, (run, feed) in zip(count(), cycle([(single, one)] * 5 + [(double, two)])):
             spent = time.monotonic() - began
             done = max(step / settings.steps, spent / settings.seconds if settings.seconds else 0.0)
@@ -287,11 +332,12 @@ def train(model: Any, rows: list[Rows], settings: Settings, device: torch.device
                 break
             trainer.pace(done)
             loss = run(*feed())
-            if step % max(settings.steps // 40, 1) == 0:
+            if step % 200 == 0:
                 losses.append(loss.item())
                 print(f"step {step}, {time.monotonic() - began:.1f} s, loss {losses[-1]:.4f}", flush=True)
-    if single.why:
-        print(f"no graph: {single.why}")
+    for name, run in (("one image", single), ("two images", double)):
+        if run.why:
+            print(f"steps with {name} were not replayed as a graph: {run.why}")
     return {"steps": step, "training seconds": time.monotonic() - began, "losses": losses}
 
 
@@ -301,30 +347,43 @@ def measured(model: Any, processor: Any, seeds: int) -> list[dict[str, Any]]:
     return [{"what": f"seed {seed}", "seed": seed} | evaluate(answer, seed=seed).row() for seed in range(seeds)]
 
 
-def main() -> None:
-    """Train, save, measure what was saved, and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Settings):
-        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--result", type=Path, help="file for the figures; the default is tiny-vlm.json in the folder")
-    parser.add_argument("--commit", help="the commit these files are of, where they lie outside a checkout")
-    given = vars(parser.parse_args())
-    out, result, commit = given.pop("out"), given.pop("result"), given.pop("commit")
-    settings = Settings(**given)
-    began = time.monotonic()
+def trained(settings: Settings, start: Path | None, out: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """Train and save; the model as it was saved, its processor, and what there is to say of the training."""
     rows = write_rows(settings, vlm.make_processor(ask.words()).tokenizer.get_vocab())
-    model, processor = vlm.build(ask.words(), settings.seed)
-    print(f"wrote {sum(len(part.tokens) for part in rows)} chats in {time.monotonic() - began:.1f} s")
+    torch.manual_seed(settings.seed)
+    model, processor = vlm.build(ask.words(), settings.seed) if start is None else vlm.load(folder=start)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     told = train(model, rows, settings, device)
     model.to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
-    figures = measured(model.float(), processor, settings.seeds)
+    return model.float(), processor, told
+
+
+def main() -> None:
+    """Train, save, measure what was saved, and write the figures; or measure alone."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in fields(Settings):
+        parser.add_argument(f"--{field.name}", type=type(field.default), default=field.default)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the weights and their figures")
+    parser.add_argument("--start", type=Path, help="folder of weights to go on from; with --steps 0 they are measured")
+    parser.add_argument("--commit", help="the commit these files are of, where they lie outside a checkout")
+    given = vars(parser.parse_args())
+    out, start, commit = given.pop("out"), given.pop("start"), given.pop("commit")
+    settings = Settings(**given)
+    began = time.monotonic()
+    if settings.steps:
+        model, processor, told = trained(settings, start, out)
+    else:
+        (model, processor), told = vlm.load(folder=start), {}
+    before = (start or out) / FIGURES
+    if start and before.is_file():
+        told["started from"] = json.loads(before.read_text(encoding="utf-8"))["facts"]
+    figures = measured(model, processor, settings.seeds)
     about = facts.machine(model) | {"model": facts.model_facts(model), "settings": vars(settings)} | told
     about |= {"commit": commit or about["commit"], "seconds": time.monotonic() - began}
     content = json.dumps({"case": "tiny-vlm", "facts": about, "rows": figures}, indent=1)
-    (result or out / "tiny-vlm.json").write_text(content + "\n", encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / FIGURES).write_text(content + "\n", encoding="utf-8")
     for row in figures:
         print(json.dumps(row))
 

@@ -66,10 +66,9 @@ def test_bad_words(words):
         vlm.build(words)
 
 
-def test_folder_without_weights(monkeypatch, tmp_path):
-    monkeypatch.setattr(vlm, "FOLDER", tmp_path / "tiny")
-    with pytest.raises(RegardError, match="weights of 'shapes' are missing"):
-        vlm.load()
+def test_folder_without_weights(tmp_path):
+    with pytest.raises(RegardError, match=r"no weights of 'shapes': the folder 'tiny' holds no config\.json"):
+        vlm.load(folder=tmp_path / "tiny")
 
 
 def test_without_pillow(monkeypatch):

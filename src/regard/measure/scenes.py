@@ -35,7 +35,7 @@ MOST = 5
 SIZES = (0.10, 0.25, 0.35, 0.20, 0.10)
 # Of a theme's three pairs: how often they are drawn, and how surely one brings the other.
 PAIRS = (1.0, 0.6, 0.35)
-BONDS = (0.95, 0.8, 0.5)
+BONDS = (0.97, 0.75, 0.4)
 
 
 class Thing(NamedTuple):
@@ -131,7 +131,7 @@ def draw(
     count: int,
     seed: int,
     *,
-    prior: float = 0.9,
+    prior: float = 0.95,
     hidden: float = 0.0,
     faint: float = 0.3,
     weakest: float = 0.1,

@@ -29,7 +29,9 @@ CHAT = """{{ bos_token }}
 {%- if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}"""
 
 
-def load(dtype: torch.dtype | None = None, device: str | torch.device | None = None) -> tuple[Any, Any]:
+def load(
+    dtype: torch.dtype | None = None, device: str | torch.device | None = None, folder: Path = FOLDER
+) -> tuple[Any, Any]:
     """The trained model and its `LlavaProcessor`, in evaluation mode.
 
     The processor takes 64 x 64 RGB images (uint8 arrays or tensors, height x width x 3, or PIL images) and texts with
@@ -38,19 +40,20 @@ def load(dtype: torch.dtype | None = None, device: str | torch.device | None = N
     Args:
         dtype: the weights' dtype; None: float32 (they are kept in bfloat16).
         device: where to put the model; None: the CPU.
+        folder: where other weights of the same kind lie.
 
     Raises:
-        RegardError: pillow is not installed, which transformers needs to read images.
+        RegardError: the folder has no weights, or pillow, with which transformers reads images, is not installed.
     """
     need("PIL")
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    if not (FOLDER / "config.json").is_file():
-        raise RegardError(f"the weights of {SHAPES!r} are missing: {FOLDER.name} holds no config.json")
-    model = LlavaForConditionalGeneration.from_pretrained(FOLDER, dtype=dtype or torch.float32)
+    if not (folder / "config.json").is_file():
+        raise RegardError(f"no weights of {SHAPES!r}: the folder {folder.name!r} holds no config.json")
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32)
     if device is not None:
         model.to(device)  # type: ignore[arg-type]
-    return model.eval(), LlavaProcessor.from_pretrained(FOLDER)
+    return model.eval(), LlavaProcessor.from_pretrained(folder)
 
 
 def build(words: Sequence[str], seed: int = 0) -> tuple[Any, Any]:
