@@ -48,6 +48,7 @@ FAMILIES: dict[str, Family] = {
     "mixtral": Family(),
     "qwen3_moe": Family(),
     "qwen2_5_vl_text": Family(),
+    "qwen3_vl_text": Family(),
     "gpt_neox": Family(attention="attention"),
     "gpt2": Family(layers="h", attention="attn"),
 }
@@ -158,11 +159,17 @@ def open_decoder(model: nn.Module) -> Decoder:
     """Find the decoder of `model` (wrapped by PEFT, or inside a vision-language model, or bare).
 
     Raises:
-        RegardError: the model has no such stack, or several, or shares keys between layers; the message
-            says what was looked for and not found.
+        RegardError: the model has no such stack, or several, is not causal, or shares keys between layers; the
+            message says what was looked for and not found.
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise RegardError(f"{type(model).__name__} is an encoder-decoder; regard opens decoder-only models")
+    text: Any = config.get_text_config() if (config := getattr(model, "config", None)) is not None else None
+    if getattr(text, "use_bidirectional_attention", None):
+        raise RegardError(
+            f"{type(model).__name__} lets tokens of its prompt see later ones (use_bidirectional_attention), and "
+            "attached layers are causal"
+        )
     stacks = _stacks(model)
     if len(stacks) != 1:
         found = ", ".join(type(stack["module"]).__name__ for stack in stacks) or "none"

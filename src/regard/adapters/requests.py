@@ -156,7 +156,7 @@ class Requests:
         elif cache.prompt is None:
             cache.prompt = start
         marks = self._marked(batch, padding, tokens.device)
-        said = self._said(batch, padding, tokens.device)
+        said = self._said(batch, padding, start + width, tokens.device)
         step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks, said)
         for layer in running:
             for edit in layer.slots.rows:
@@ -190,12 +190,12 @@ class Requests:
         arrivals = torch.arange(stop + int(shift.max())) - shift[:, None]
         return ((arrivals >= start) & (arrivals < stop)).to(device)
 
-    def _said(self, batch: int, padding: Tensor | None, device: torch.device) -> TokenMap | None:
-        """What the tokens are; a map must agree with the padding."""
+    def _said(self, batch: int, padding: Tensor | None, stop: int, device: torch.device) -> TokenMap | None:
+        """What the tokens are; a map must agree with the padding of the arrivals before `stop`."""
         if self._tokens is None or self._aside:
             return None
         tokens = self._tokens.to(device).repeat(self._times("a token map", self._tokens.rows, batch))
-        told = tokens.of(Kind.PADDING).long().cumprod(1).sum(1)
+        told = tokens.of(Kind.PADDING)[:, :stop].long().cumprod(1).sum(1)
         found = torch.zeros(1, dtype=torch.long, device=device) if padding is None else padding
         if bool((told != found).any()):
             raise RegardError(
@@ -245,7 +245,9 @@ def _padding(mask: Any, batch: int, start: int, width: int) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise RegardError(f"attached layers take a 2-D padding mask, got {_shape(mask)}")
+        why = " (a model that makes masks around its decoder, as Gemma 3 for images, is not opened yet)"
+        told = _shape(mask) + why * isinstance(mask, dict)
+        raise RegardError(f"attached layers take a 2-D padding mask, got {told}")
     if mask.shape != (batch, start + width):
         raise RegardError(
             f"attention_mask is {_shape(mask)}; this forward brings {batch} rows to {start + width} tokens in all"

@@ -50,6 +50,14 @@ class _Part:
 _Layout = Callable[[Any, Mapping[str, Any], Sequence[_Run]], Iterable[_Part]]
 
 
+def _given(inputs: Mapping[str, Any], name: str) -> Tensor:
+    found = inputs.get(name)
+    if not isinstance(found, Tensor):
+        told = "nothing" if found is None else type(found).__name__
+        raise RegardError(f"{name} must be a tensor (return_tensors='pt'), got {told}")
+    return found
+
+
 def _side(size: Any) -> int:
     return int(size[0] if isinstance(size, (list, tuple)) else size)
 
@@ -69,7 +77,7 @@ def _patches(config: Any, pixels: Tensor) -> tuple[int, int, int]:
 
 def _single(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]) -> Iterable[_Part]:
     """LLaVA, PaliGemma, Gemma 3: one grid an image, and before it the class token where LLaVA keeps it."""
-    pixels = inputs["pixel_values"]
+    pixels = _given(inputs, "pixel_values")
     if "image_sizes" in inputs:
         raise RegardError(f"this vision tower breaks its rows with tokens of their own (image_sizes); {_BY_HAND}")
     pooled = getattr(config, "mm_tokens_per_image", None)
@@ -86,9 +94,9 @@ def _whole_and_fine(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]
     """LLaVA-NeXT: the whole image, then its tiles put together without their padding, a newline after each row."""
     from transformers.image_processing_utils import select_best_resolution
 
-    coarse = _patches(config, inputs["pixel_values"])
+    coarse = _patches(config, _given(inputs, "pixel_values"))
     tile = config.vision_config.image_size
-    for image, size in enumerate(torch.as_tensor(inputs["image_sizes"]).tolist()):
+    for image, size in enumerate(_given(inputs, "image_sizes").tolist()):
         best = select_best_resolution(size, config.image_grid_pinpoints)
         rows, columns = (side // tile * of for side, of in zip(best, coarse[1:], strict=True))
         height, width = size
@@ -104,14 +112,13 @@ def _whole_and_fine(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]
 def _merged(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]) -> Iterable[_Part]:
     """Qwen: a grid of merged patches, time first; a clip is in one piece (2.5) or frame by frame (3)."""
     merge = config.vision_config.spatial_merge_size
-    waiting = {
-        kind: torch.as_tensor(inputs.get(f"{kind}_grid_thw", ())).reshape(-1, 3).tolist() for kind in ("video", "image")
-    }
+    names = {kind: f"{kind}_grid_thw" for kind in ("video", "image")}
+    waiting = {kind: _given(inputs, name).tolist() if name in inputs else [] for kind, name in names.items()}
     at, image = 0, -1
     while at < len(runs):
         run, image = runs[at], image + 1
         if not waiting[run.kind]:
-            raise RegardError(f"row {run.row} has {run.kind} tokens without a line of {run.kind}_grid_thw")
+            raise RegardError(f"row {run.row} has {run.kind} tokens without a line of {names[run.kind]}")
         frames, rows, columns = waiting[run.kind].pop(0)
         grid = frames, rows // merge, columns // merge
         if len(run) < frames * grid[1] * grid[2]:
@@ -123,12 +130,12 @@ def _merged(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]) -> Ite
             at += 1
     for kind, left in waiting.items():
         if left:
-            raise RegardError(f"{kind}_grid_thw has {len(left)} more lines than the prompts have {kind}s")
+            raise RegardError(f"{names[kind]} has {len(left)} more lines than the prompts have {kind}s")
 
 
 def _tiled(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]) -> Iterable[_Part]:
     """InternVL: tiles and a thumbnail in one run; how the tiles lie in the image, only the processor knew."""
-    size, tiles = config.image_seq_length, len(inputs["pixel_values"])
+    size, tiles = config.image_seq_length, len(_given(inputs, "pixel_values"))
     _counted(sum(map(len, runs)), tiles * size, f"{tiles} tiles of {size}")
     for image, run in enumerate(runs):
         for _ in range(len(run) // size):
@@ -137,7 +144,7 @@ def _tiled(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]) -> Iter
 
 def _tiled_with_markers(config: Any, inputs: Mapping[str, Any], runs: Sequence[_Run]) -> Iterable[_Part]:
     """Idefics3, SmolVLM: a run a tile, the whole image last; markers tell the tiles, a newline ends their rows."""
-    _, rows, columns = _patches(config, inputs["pixel_values"])
+    _, rows, columns = _patches(config, _given(inputs, "pixel_values"))
     tiles, size = inputs["pixel_values"].flatten(0, 1), rows * columns // config.scale_factor**2
     # The model drops tiles of zeros, which fill rows with fewer images than others.
     _counted(len(runs) * size, int(tiles.flatten(1).any(1).sum()) * size, f"tiles of {size}")
@@ -197,10 +204,8 @@ def read(model: Any, inputs: Mapping[str, Any], *, processor: Any = None, query:
     """
     config = getattr(model, "config", model)
     given = {name: value for name, value in inputs.items() if value is not None}
-    if "input_ids" not in given:
-        raise RegardError(f"a token map is read off input_ids; got {', '.join(given) or 'nothing'}")
-    ids = torch.as_tensor(given["input_ids"])
-    real = _real(ids, given.get("attention_mask"))
+    ids = _given(given, "input_ids")
+    real = _real(ids, _given(given, "attention_mask") if "attention_mask" in given else None)
     spans = _spans(config, given, ids.masked_fill(~real, -1))
     kinds = torch.where(real, Kind.QUERY, Kind.PADDING).to(torch.int8)
     if query is None:
@@ -218,13 +223,12 @@ def read(model: Any, inputs: Mapping[str, Any], *, processor: Any = None, query:
     return TokenMap(kinds, tuple(spans))
 
 
-def _real(ids: Tensor, mask: Any) -> Tensor:
+def _real(ids: Tensor, mask: Tensor | None) -> Tensor:
     """Which tokens are no padding, `[B, n]` bool."""
     if ids.ndim != 2:
         raise RegardError(f"input_ids must be [rows, tokens], got {list(ids.shape)}")
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    mask = torch.as_tensor(mask)
     if mask.shape != ids.shape:
         raise RegardError(f"attention_mask is {list(mask.shape)}, input_ids are {list(ids.shape)}")
     real = mask.bool()
@@ -301,6 +305,8 @@ def _template(config: Any, processor: Any, ids: Tensor) -> Tensor:
                 special.update(value if isinstance(value, list) else [value])
     tokenizer = getattr(processor, "tokenizer", processor)
     special.update(getattr(tokenizer, "all_special_ids", ()))
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    special.update(number for number, token in added.items() if token.special)
     special.discard(None)  # type: ignore[arg-type]
     found = torch.isin(ids, torch.tensor(sorted(special), dtype=ids.dtype, device=ids.device))
     for piece in _pieces(processor, tokenizer):
