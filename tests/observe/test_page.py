@@ -145,6 +145,7 @@ def test_facts_and_roles_of_a_head(opened, record, roles):
     assert told == best.values.tolist()
     assert "sink" in keys.first.inner_text()
     assert best.values[0] > 0.1
+    assert not {"null", "undefined", "NaN"} & set(shown.locator("body").inner_text().split())
     # Roles are marked by shape and letter.
     assert shown.locator("[data-head='1.2'] svg text").all_text_contents() == ["I", "S"]
     shapes = {path.get_attribute("d") for path in shown.locator("#roles path").all()}

@@ -107,12 +107,13 @@ def side(heads: int, names: Sequence[str], images: int = 0, budget: int = BUDGET
 
 def spelled(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """What each token of `ids` adds to the text, for `render`."""
+    # Alone, many tokenizers decode a token without the space before it.
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    known = tokenizer.decode(before)
     texts = {}
     for token in set(ids):
-        piece = tokenizer.convert_ids_to_tokens(token)
-        # Sentencepiece decodes a token alone without the space before it.
-        space = " " if isinstance(piece, str) and piece.startswith("\u2581") else ""
-        texts[token] = space + tokenizer.decode([token]).removeprefix(space)
+        both = tokenizer.decode([*before, token])
+        texts[token] = both.removeprefix(known) if both.startswith(known) else tokenizer.decode([token])
     return [texts[token] for token in ids]
 
 

@@ -290,7 +290,7 @@ function drawFacts() {
     h("h3", {}, "Where it looks"),
     h("table", {}, h("thead", {}, h("tr", {}, h("th", {}, ""), h("th", { scope: "col" }, "all rows"), h("th", { scope: "col", style: "color: var(--pin)" }, `row ${row}`))), h("tbody", {}, masses, entropy)),
     h("h3", {}, "Keys given most, mean over rows (exact)"), h("table", {}, h("tbody", {}, list)),
-    D.massive[layer].length ? h("p", {}, `Massive activations enter layer ${layer} at ${D.massive[layer].slice(0, 4).map((a) => `${count(a)} “${printed(D.tokens[a])}”`).join(", ")}${D.massive[layer].length > 4 ? " …" : ""}.`) : null,
+    ...(D.massive[layer].length ? [h("p", {}, `Massive activations enter layer ${layer} at ${D.massive[layer].slice(0, 4).map((a) => `${count(a)} “${printed(D.tokens[a])}”`).join(", ")}${D.massive[layer].length > 4 ? " …" : ""}.`)] : []),
   );
 }
 
@@ -355,10 +355,11 @@ function drawPrompt() {
     const [frames, down, wide] = span.grid, { canvas, caption, columns } = span.view;
     let high = 1e-9;
     for (let a = span.start; a < span.stop; a++) high = Math.max(high, shares[a]);
-    const shown = Boolean(D.images[span.image]) && frames === 1;
+    const shown = Boolean(D.images[span.image]) && frames === 1, veil = dark.matches ? [15, 18, 24] : [246, 247, 249];
     paint(canvas, columns * frames, down, (y, x) => {
-      const v = shares[span.start + (Math.floor(x / columns) * down + y) * wide + x % columns] / high;
-      return shown ? [...palette[Math.round(255 * Math.sqrt(v))], 90 + 120 * Math.sqrt(v)] : palette[Math.round(255 * Math.sqrt(v))];
+      const root = Math.sqrt(shares[span.start + (Math.floor(x / columns) * down + y) * wide + x % columns] / high);
+      // What gets little is veiled, so that the picture itself is seen where it is looked at.
+      return shown ? [...veil, 215 * (1 - root)] : palette[Math.round(255 * root)];
     });
     canvas.setAttribute("aria-label", `attention over ${kindWord(span)}`);
     const first = tileOf(keys, span.start), pooled = single(keys, first) ? "" : `; tiles of ${keys[first + 1] - keys[first]} keys, shared evenly`;
@@ -394,6 +395,7 @@ function how() {
   const side = exact ? `Every row and key of the maps is one token.` : `The maps have ${R} × ${C} tiles; the largest holds ${Math.max(...rows.slice(1).map((e, i) => e - rows[i]))} rows and ${Math.max(...keys.slice(1).map((e, i) => e - keys[i]))} keys. A tile is the mean over its rows of the sum over its keys, so a row of tiles still sums to 1.`;
   $("how").append(...[
     side,
+    D.images.length ? "Over an image, what gets less than the most that one of its tokens gets is veiled, by the root of its share." : null,
     "Values of maps, and masses and entropy of single rows, are kept as float16: within 0.05 % of the model's, or 3e-8. Masses and entropy over all rows, and the keys given most, are kept as float32, exactly as they were read.",
     "Key shares are means over the rows that see the key. A sink is a key whose mean share is above the threshold; an activation is massive where one dimension of the stream that enters the layer is many times its root mean square.",
     names.length && Object.keys(D.roles.scores).length ? "Roles are scores between 0 and 1, measured on prompts made for it, not on this one; a head is marked at or above the role's threshold." : null,
