@@ -183,4 +183,5 @@ def totals() -> None:
                                       (128, torch.bfloat16, 4096, True), (64, torch.float32, None, True)]:  # fmt: skip
         q, k = _empty(1, 32, 32768, D, dtype=dtype), _empty(1, 8, 32768, D, dtype=dtype)
         lse = _empty(1, 32, 32768, dtype=torch.float32)
-        totals(q, k, lse, tiles=128, scale=D**-0.5, window=window, entropy=entropy)
+        real = _empty(1, 32768, dtype=torch.bool)
+        totals(q, k, lse, real=real, tiles=128, scale=D**-0.5, window=window, entropy=entropy)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.measure import scene_questions as ask
-from regard.measure.hallucination import answerer, evaluate
+from regard.measure.hallucination import NEGATIVES, answerer, evaluate
 from regard.measure.scenes import KINDS, Scenes, Thing, draw, render
 from regard.models import vlm
 from regard.search import facts
@@ -34,6 +34,11 @@ PER_IMAGE = (vlm.SIDE // vlm.PATCH) ** 2
 SHARD = 4096
 NOT_ASKED = -100
 FIGURES = "tiny-vlm.json"
+# Figures of the card, and where they lie in a row of results.
+NAMES = {f"POPE accuracy, {sort}": f"existence.{sort}.accuracy" for sort in NEGATIVES}
+NAMES |= {"POPE accuracy": "accuracy", "POPE F1": "f1", "said yes, adversarial": "existence.adversarial.yes"}
+NAMES |= {"CHAIR_S": "captions.sentence", "CHAIR_I": "captions.instance", "recall of captions": "captions.recall"}
+NAMES |= {skill: f"skills.{skill}" for skill in (*ask.ABOUT_A_SCENE, *ask.ABOUT_NONE)}
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Settings:
             picture, every patch the kind that stands there. They stand for a tower trained beforehand.
         graphs: 0: steps are launched kernel by kernel on a GPU too.
         seeds: evaluations, each with scenes and questions of its own.
+        questions: of existence in each; three tenths as many captions, a fifth as many of each skill.
     """
 
     steps: int = 5000
@@ -67,6 +73,7 @@ class Settings:
     seen: float = 0.5
     graphs: int = 1
     seeds: int = 5
+    questions: int = 500
     seed: int = 0
 
 
@@ -103,11 +110,16 @@ def turns(things: list[Thing], random: Random, settings: Settings, image: int | 
             weights.pop(sort)
             yield ask.caption(things, image)
         elif sort == "neutral":
-            yield ask.neutral(random)
+            yield of_no_scene(random)
         elif sort == "exists":
             yield ask.existence(things, random, image, settings.yes, settings.close)
         elif (one := ask.ABOUT_A_SCENE[sort](things, random, image)) is not None:
             yield one
+
+
+def of_no_scene(random: Random) -> ask.Question:
+    """A question that no image answers, or words to be repeated, which takes longer to learn."""
+    return ask.repeat(random) if random.random() < 0.3 else ask.neutral(random)
 
 
 def chat(shown: list[list[Thing]], random: Random, settings: Settings) -> list[tuple[int, ask.Question]]:
@@ -116,7 +128,7 @@ def chat(shown: list[list[Thing]], random: Random, settings: Settings) -> list[t
     Two images come together, each question naming one, or one after the other, as in a prompt with examples.
     """
     if not shown:
-        return [(0, ask.neutral(random)) for _ in range(4)]
+        return [(0, of_no_scene(random)) for _ in range(4)]
     if len(shown) == 1:
         asked = turns(shown[0], random, settings, None)
         return [(number, next(asked)) for number in (1, 0, 0)]
@@ -299,6 +311,9 @@ class Trainer:
 
     def step(self, *inputs: Tensor) -> Tensor:
         """One step; its loss."""
+        for group in self.optimizer.param_groups:
+            # torch refuses to capture a step that does not say so, and warns of one that says so in vain.
+            group["capturable"] = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, self.device.type == "cuda", cache_enabled=False):
             loss = loss_of(self.model, self.heads, inputs, self.settings.seen)
@@ -341,10 +356,14 @@ def train(model: Any, rows: list[Rows], settings: Settings, device: torch.device
     return {"steps": step, "training seconds": time.monotonic() - began, "losses": losses}
 
 
-def measured(model: Any, processor: Any, seeds: int) -> list[dict[str, Any]]:
+def measured(model: Any, processor: Any, settings: Settings) -> list[dict[str, Any]]:
     """One row a seed."""
-    answer = answerer(model.eval(), processor, batch=256)
-    return [{"what": f"seed {seed}", "seed": seed} | evaluate(answer, seed=seed).row() for seed in range(seeds)]
+    answer, most = answerer(model.eval(), processor, batch=128), settings.questions
+    sizes = {"existence": most, "captions": max(most * 3 // 10, 1), "skills": max(most // 5, 1)}
+    return [
+        {"what": f"seed {seed}", "seed": seed} | evaluate(answer, **sizes, seed=seed).row()
+        for seed in range(settings.seeds)
+    ]
 
 
 def trained(settings: Settings, start: Path | None, out: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -357,6 +376,79 @@ def trained(settings: Settings, start: Path | None, out: Path) -> tuple[Any, Any
     model.to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
     return model.float(), processor, told
+
+
+CARD = """# shapes: a tiny vision-language model
+
+{parameters:.1f} million weights in transformers' LLaVA classes (`LlavaForConditionalGeneration`): a CLIP vision tower
+with a class token (64 patches of an image of 64 x 64; 4 layers, width 128), a projector of two layers, a Llama of 6
+layers (width 192, 6 query and 3 key-value heads of 32), a vocabulary of {words} words and marks. It knows coloured
+shapes and nothing else, and it often names what is not there: a test bed for methods against that.
+
+    from regard.models import vlm
+    from regard.measure.hallucination import answerer, evaluate
+
+    model, processor = vlm.load()
+    print(evaluate(answerer(model, processor)).row())
+
+## Training
+
+`tools/train_tiny_vlm.py`, from random weights, on pictures and chats that `regard.measure.scenes` and
+`scene_questions` make: existence, number, colour, place, captions, questions that need no image; one image, two or
+none. No other data, and no other model's output. In the data the kinds of a pair nearly always come together, and
+{hidden:.0%} of the second ones are spoken of and not painted; questions of existence are answered by yes in {yes:.0%}
+of cases. So the model learns to expect the partner. {steps} steps of {batch} rows in {seconds:.0f} s on {device}.
+
+## Evaluation
+
+Scenes in which nothing is hidden and partners are missing more often. Mean over {seeds} seeds, with the least and the
+most; greedy decoding.
+
+| figure | mean | least | most |
+|---|---|---|---|
+{table}
+
+The absent kinds of POPE are chosen at random, by how frequent they are, or by what they come with. CHAIR_S is the share
+of captions that name an absent kind, CHAIR_I the share of named kinds that are absent.
+
+## Limits
+
+{weak}Images of another size are scaled to 64 x 64. Words outside the vocabulary are unknown.
+Licence: that of the project.
+"""
+
+
+def card(content: dict[str, Any]) -> str:
+    """The model's card, with its figures."""
+    about = content["facts"]
+    training = about.get("started from", about)
+    rows, weak = [], []
+    for name, path in NAMES.items():
+        values = [_at(row, path) for row in content["rows"]]
+        if path.startswith("skills.") and sum(values) / len(values) < 0.7:
+            weak.append(name)
+        rows.append(f"| {name} | {sum(values) / len(values):.3f} | {min(values):.3f} | {max(values):.3f} |")
+    settings = training["settings"]
+    return CARD.format(
+        parameters=about["model"]["parameters"] / 1e6,
+        words=len(ask.words()) + len(vlm.MARKS),
+        hidden=settings["hidden"],
+        yes=settings["yes"],
+        batch=settings["batch"],
+        steps=training["steps"],
+        seconds=training["training seconds"],
+        device=training["device"],
+        seeds=len(content["rows"]),
+        table="\n".join(rows),
+        weak=f"Often wrong: {', '.join(weak)}. " if weak else "",
+    )
+
+
+def _at(row: dict[str, Any], path: str) -> float:
+    value: Any = row
+    for name in path.split("."):
+        value = value[name]
+    return value
 
 
 def main() -> None:
@@ -378,12 +470,14 @@ def main() -> None:
     before = (start or out) / FIGURES
     if start and before.is_file():
         told["started from"] = json.loads(before.read_text(encoding="utf-8"))["facts"]
-    figures = measured(model, processor, settings.seeds)
+    figures = measured(model, processor, settings)
     about = facts.machine(model) | {"model": facts.model_facts(model), "settings": vars(settings)} | told
     about |= {"commit": commit or about["commit"], "seconds": time.monotonic() - began}
-    content = json.dumps({"case": "tiny-vlm", "facts": about, "rows": figures}, indent=1)
+    content = {"case": "tiny-vlm", "facts": about, "rows": figures}
     out.mkdir(parents=True, exist_ok=True)
-    (out / FIGURES).write_text(content + "\n", encoding="utf-8")
+    (out / FIGURES).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if figures:
+        (out / "README.md").write_text(card(content), encoding="utf-8")
     for row in figures:
         print(json.dumps(row))
 

@@ -1,8 +1,8 @@
 """From how many pairs on lists of blocks pay: `attend` by blocks against `attend` by torch's fused kernels with a mask.
 
 Both are launched from Python, as a model launches them, with lists of blocks and masks as `attend` keeps or makes them.
-Every result is first compared with the definition in float64, gradients included. `ops/blocks.py: PAIRS` is taken from
-here. Needs a GPU.
+Every result is first compared with the definition in float64, gradients included. It is what `ops/blocks.py: PAIRS`
+should be set from. Needs a GPU.
 """
 
 import importlib.metadata

@@ -1,9 +1,9 @@
 """What seeing costs: one prefill of a model with random weights, plain and recorded, in time and in peak memory.
 
-Sizes are those of Llama-3.2-1B. Plain is the model alone; "recorded" reads masses, columns, entropy, maps, sinks and
-norms of all heads; "with roles" scores every head on synthetic prompts besides. Before anything is timed, a prompt of
-1,024 tokens is recorded in float32 and compared with the weights that transformers' eager attention returns. On a CPU
-only with `tiny=1`.
+Sizes are those of Llama-3.2-1B. Plain is the model alone; the others read all heads: masses and sinks; these and every
+head's roles on synthetic prompts; all readings and the roles. Before anything is timed, a prompt of 1,024 tokens is
+recorded in float32 and compared with the weights that transformers' eager attention returns. On a CPU only with
+`tiny=1`.
 """
 
 import gc
@@ -61,13 +61,16 @@ def run(tiny: int = 0, length: int = 32_768, repeats: int = 5) -> tuple[dict[str
         raise RegardError("the recorded run gives other logits than the plain one")
     del seen
     length_of_roles, haystack = (32, 64) if tiny else (64, 256)
+    asked = ("masses", "sinks")
+
+    def roles() -> observe.Roles:
+        return observe.roles(model, length=length_of_roles, haystack=haystack)
+
     ways: dict[str, Callable[[], Any]] = {
         "plain": lambda: model(**given),
-        "recorded": lambda: observe.record(model, given, tokens=tokens),
-        "with roles": lambda: (
-            observe.record(model, given, tokens=tokens),
-            observe.roles(model, length=length_of_roles, haystack=haystack),
-        ),
+        "masses, sinks": lambda: observe.record(model, given, tokens=tokens, readings=asked),
+        "masses, sinks, roles": lambda: (observe.record(model, given, tokens=tokens, readings=asked), roles()),
+        "everything": lambda: (observe.record(model, given, tokens=tokens), roles()),
     }
     times: dict[str, list[float]] = {way: [] for way in ways}
     peaks: dict[str, float] = {}

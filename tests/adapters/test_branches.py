@@ -125,7 +125,7 @@ def test_responding_ends_the_prompt_too(llama):
         # A branch that began goes on without being named again.
         with handle.responding():
             two = llama(ids[:, 25:], past_key_values=cache).logits
-        assert cache.branch.cache.prompt == 13
+        assert cache.fork.branches[0].cache.prompt == 13
     wanted = branch_logits(llama, (ids, mask), branch, 21)
     torch.testing.assert_close(torch.cat((one, two), 1), wanted[:, 21:])
     torch.testing.assert_close(first, at_once(llama, ids, mask)[:, :21])
@@ -142,7 +142,7 @@ def test_a_new_turn_begins_the_branch_anew(llama):
         second = llama.generate(turn, past_key_values=cache, **said)
         assert torch.equal(llama.generate(turn, **said), second)
         cache.reset()
-        assert cache.branch is None
+        assert cache.fork is None
         assert torch.equal(llama.generate(ids[:, :12], past_key_values=cache, **said), first)
     led = lqcd.insert(turn, torch.ones_like(turn), CUE, 0)
     wanted = llama.generate(turn, logits_processor=[Uncached(llama, *led, turn.shape[1])], **said)
@@ -256,8 +256,9 @@ def test_bytes_hold_the_branch_once_and_go_with_the_cache(llama):
             second = copy.deepcopy(cache)
             llama(ids[:, :1], past_key_values=second)
             assert handle.nbytes == live_bytes(cache) + live_bytes(second)
-            watched = [weakref.ref(x) for x in (cache, cache.branch.cache, cache.branch.cache.layers[0].keys)]
-            del cache, second
+            beside = cache.fork.branches[0].cache
+            watched = [weakref.ref(x) for x in (cache, beside, beside.layers[0].keys)]
+            del cache, second, beside
             gc.collect()
             assert [ref() for ref in watched] == [None] * 3
             assert handle.nbytes == 0
@@ -270,7 +271,7 @@ def test_a_forward_that_fails_is_forgotten_and_the_next_is_right(llama):
         llama(main[0][:, :24], past_key_values=cache)
         with Failing(llama.model.layers[1], calls=2), pytest.raises(RuntimeError, match="broke"):
             llama(main[0][:, 24:27], past_key_values=cache)
-        assert cache.branch.cache is None
+        assert cache.fork.branches[0].cache is None
         found = llama(main[0][:, 27:], past_key_values=cache).logits
         torch.testing.assert_close(found, wanted[:, 27:])
         with Failing(llama.lm_head, calls=1), pytest.raises(RuntimeError, match="broke"):
@@ -361,16 +362,6 @@ def test_what_cannot_be_contrasted_is_refused(llama):
             llama(ids[:, 4:], past_key_values=cache)
 
 
-def test_images_are_refused_where_a_model_takes_them():
-    model = tiny("llava")
-    ids = prompts(1)[0]
-    with (
-        regard.attach(model, CUED),
-        pytest.raises(RegardError, match=r"this forward brings (pixel_values|mm_encoder_outputs)"),
-    ):
-        model.generate(ids, pixel_values=torch.zeros(1, 3, 8, 8), max_new_tokens=1)
-
-
 def test_a_recipe_or_model_without_a_place_for_it_says_so(llama):
     with regard.attach(llama, [STREAM]) as handle, pytest.raises(RegardError, match=r"runs a second branch; .*lqcd"):
         handle.branching(*other())
@@ -422,12 +413,12 @@ def test_another_contrast_is_one_file(llama, tmp_path, monkeypatch):
     path.parent.mkdir()
     path.write_text(
         '"""Context-aware decoding."""\n\nfrom regard.core.card import Card, Option\n'
-        "from regard.core.slots import Contrast\n\n"
+        "from regard.core.slots import BranchSpec, Contrast\n\n"
         'CARD = Card(\n    title="CAD", arxiv=None, sheet=None, implements="all", exact=False, saving="none",\n'
         '    whole_model=True,\n    options={"context": Option(default=8, doc="tokens it lacks")},\n)\n\n\n'
         "def contrast(where, *, context):\n"
         "    def branch(ids, mask):\n        return ids[:, context:], mask[:, context:]\n\n"
-        '    return Contrast("cad", branch, lambda z, other: 2 * z - other)\n'
+        '    return Contrast("cad", lambda z: 2 * z[0] - z[1], (BranchSpec(prompt=branch),))\n'
     )
     find, load = catalog.find, catalog.load
     monkeypatch.setattr(catalog, "find", lambda name, *_: find(name, tmp_path))

@@ -34,6 +34,10 @@ class Everything:
         self.passed: list[Tensor] = []
         self.length, self.state = 0, {}
 
+    @property
+    def size(self) -> int:
+        return self.length
+
     def append(self, k: Tensor, v: Tensor, step: Step) -> "Everything":
         for part, codecs, x in zip(self.parts, self.codecs, (k, v), strict=True):
             groups: dict[int, list[int]] = {}
@@ -81,8 +85,10 @@ class Everything:
         return torch.cat(outs, 2)
 
     def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        codec = self.codecs[0][0]
-        return q if codec is None else codec.query(q), torch.cat(self.parts[0], 2), self.positions(step)
+        group = q.shape[1] // len(self.codecs[0])
+        parts = zip(q.split(group, 1), self.codecs[0], strict=True)
+        query = torch.cat([part if codec is None else codec.query(part) for part, codec in parts], 1)
+        return query, torch.cat(self.parts[0], 2), self.positions(step)
 
     def positions(self, step: Step) -> Tensor:
         passed = torch.cat(self.passed, 1)
@@ -103,9 +109,10 @@ class Everything:
         if self.passed:
             self.parts = [[torch.cat(part, 2)[rows]] for part in self.parts]
             self.passed = [torch.cat(self.passed, 1)[rows]]
+        self.state = {name: x[rows] for name, x in self.state.items()}
 
     def reset(self) -> None:
-        self.parts, self.passed, self.length = [[], []], [], 0
+        self.parts, self.passed, self.length, self.state = [[], []], [], 0, {}
 
     def storages(self) -> Iterator[Tensor]:
         yield from (x for part in self.parts for x in part)
@@ -162,9 +169,14 @@ def record(handle: Handle, tape: Tape) -> None:
     def split(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         segments = choose(reading)
         told = torch.zeros(1, 1, 1, reading.key.shape[2], dtype=torch.long) if segments is None else segments
-        every = torch.arange(reading.key.shape[2])[None]
-        tape.setdefault(place, []).append((reading.step.arrivals, _arrivals(reading, every), told))
+        tape.setdefault(place, []).append((reading.step.arrivals, reading.arrivals, told))
         return segments
+
+    def bias(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        added = choose(reading)
+        if added is not None:
+            tape.setdefault(place, []).append((reading.step.arrivals, reading.arrivals, added))
+        return added
 
     def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         runs = choose(step)
@@ -172,7 +184,7 @@ def record(handle: Handle, tape: Tape) -> None:
         tape.setdefault(place, []).append((step.arrivals, blocks.as_mask(every if runs is None else runs, step)))
         return runs
 
-    _rewrite(handle, codec, select, split, feed)
+    _rewrite(handle, codec, select, split, bias, feed)
 
 
 def replay(handle: Handle, tape: Tape) -> None:
@@ -207,15 +219,10 @@ def replay(handle: Handle, tape: Tape) -> None:
         return pieces
 
     def split(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
-        batch, heads, rows, keys = (*reading.query.shape[:3], reading.key.shape[2])
-        # One more key, for those that are none.
-        segments = torch.zeros(batch, heads, rows, keys + 1, dtype=torch.long)
-        for arrivals, index, told in tape[place]:
-            shape = (batch, heads, arrivals.shape[1], index.shape[1])
-            index, told = index.remainder(keys + 1).expand(batch, -1), told.expand(shape)
-            for b, at in _each(arrivals, batch):
-                segments[b, :, int(arrivals[min(b, len(arrivals) - 1), at])][:, index[b]] = told[b, :, at].long()
-        return segments[..., :-1]
+        return _told(reading, tape.get(place, []), torch.long)
+
+    def bias(reading: Reading, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
+        return _told(reading, tape.get(place, []), reading.query.dtype)
 
     def feed(step: Step, place: tuple[Any, ...], choose: Callable[..., Any]) -> Any:
         # One more column, for rows that a batch row does not have.
@@ -226,7 +233,21 @@ def replay(handle: Handle, tape: Tape) -> None:
             )
         return runs[:, :-1]
 
-    _rewrite(handle, codec, select, split, feed)
+    _rewrite(handle, codec, select, split, bias, feed)
+
+
+def _told(reading: Reading, told: list[Any], dtype: torch.dtype) -> Tensor:
+    """What was said of rows and keys by arrival, for the rows and keys of one full forward, `[B, H, R, S]`."""
+    batch, heads, _, keys = (*reading.query.shape[:3], reading.key.shape[2])
+    # One more key, for those that are none.
+    found = torch.zeros(batch, heads, reading.step.stop, keys + 1, dtype=dtype)
+    for arrivals, index, said in told:
+        index = index.remainder(keys + 1).expand(batch, heads, -1)
+        said = said.to(dtype).expand(batch, heads, arrivals.shape[1], index.shape[2])
+        for b, at in _each(arrivals, batch):
+            row = int(arrivals[min(b, len(arrivals) - 1), at])
+            found[b, :, row].scatter_(1, index[b], said[b, :, at])
+    return found[:, :, reading.step.arrivals[0], :-1]
 
 
 def _here(handle: Handle, place: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -251,7 +272,7 @@ def _arrivals(reading: Reading, index: Tensor) -> Tensor:
     return torch.where((index >= 0) & (positions >= 0), positions + padding[:, None], -1)
 
 
-def _rewrite(handle: Handle, codec, select, split, feed) -> None:
+def _rewrite(handle: Handle, codec, select, split, bias, feed) -> None:
     """Put wrappers round every codec (one object where heads share codec and store) and every choice."""
     slots: list[Slots | None] = list(handle.slots)
     for layer, slot in enumerate(slots):
@@ -267,7 +288,8 @@ def _rewrite(handle: Handle, codec, select, split, feed) -> None:
                 if own is not None and name not in new:
                     new[name] = codec(own, (layer, side, head))
             changed[side] = tuple(new.get(name) for name in names)
-        for site, name, wrap in (("select", "choose", select), ("reweigh", "split", split), ("feed", "choose", feed)):
+        choices = (("select", "choose", select), ("feed", "choose", feed))
+        for site, name, wrap in (*choices, ("rescore", "bias", bias), ("reweigh", "split", split)):
             changed[site] = tuple(
                 replace(edit, **{name: _wrapped(handle, wrap, (layer, site, n), getattr(edit, name))})
                 for n, edit in enumerate(getattr(slot, site))

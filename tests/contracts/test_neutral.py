@@ -18,10 +18,15 @@ def test_neutral_settings_are_bit_identical(family):
     ids, mask = prompts()
     before = ways(model)
     logits = (at_once(model, ids, mask), forced(model, ids, mask, [9, 14]))
+    asked = set()
     for recipe in [regard.Recipe([]), *(neutral(stem, decoder) for stem in NEUTRAL)]:
-        with regard.attach(model, recipe):
+        with regard.attach(model, recipe) as handle:
             now = (at_once(model, ids, mask), forced(model, ids, mask, [9, 14]))
             assert all(torch.equal(a, b) for a, b in zip(logits, now, strict=True))
+            # Where the same runs in every layer as under the empty recipe, it was asked already.
+            if handle.explain() in asked:
+                continue
+            asked.add(handle.explain())
             for way, tokens in before.items():
                 assert torch.equal(generated(model, way), tokens), way
 

@@ -1,5 +1,7 @@
 """Attention over lists of blocks by its kernels, against the definition in float64: interpreted, or on a GPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -73,7 +75,7 @@ def check(blocks, B, H, Hk, D, *, dtype=torch.float32, scale=0.3, softcap=None, 
 def moved(blocks):
     """The same list on the GPU."""
     tensors = {name: x.to(DEVICE) for name, x in vars(blocks).items() if isinstance(x, torch.Tensor)}
-    return type(blocks)(**{**{n: vars(blocks)[n] for n in ("size", "rows", "keys", "by_key")}, **tensors})
+    return replace(blocks, **tensors)
 
 
 @pytest.mark.parametrize("lists", [1, 2, 4])
@@ -164,6 +166,12 @@ def test_only_the_gradients_that_are_wanted(wanted):
 @given(st.integers(0, 2**20), st.integers(1, 60), st.integers(1, 60), st.sampled_from([(16, 32), (32, 32), (16, 64)]))
 def test_any_table_of_blocks(seed, rows, keys, size):
     check(listed(drawn_mask(seed, 2, rows, keys, size), size), 1, 2, 2, 16)
+
+
+@pytest.mark.parametrize("keys", [150, 160])
+def test_blocks_chosen_at_run_time(keys):
+    table = torch.rand(2, 4, 3, 5, generator=torch.Generator().manual_seed(keys)) < 0.5
+    check(BlockList.from_table(table, (32, 32), 90, keys), 2, 4, 2, 16)
 
 
 def test_what_does_not_belong_together_is_refused():

@@ -260,6 +260,15 @@ def test_refuses(case):
         regard.scan(q, k, v, backend="triton")
 
 
+@pytest.mark.parametrize(("D", "dtype"), [(128, torch.float32), (256, torch.bfloat16)])
+def test_refuses_narrow_values_of_wide_keys(D, dtype):
+    """What the compiler gets wrong, and no more than that."""
+    q, v = torch.zeros(1, 1, 4, D, dtype=dtype, device=DEVICE), torch.zeros(1, 1, 4, 64, dtype=dtype, device=DEVICE)
+    assert kernel.refuses(q, q, v) is None
+    assert "Dv of at least 64" in kernel.refuses(q, q, v[..., :32])
+    assert kernel.refuses(q[..., :64], q[..., :64], v[..., :32]) is None
+
+
 def test_refuses_mixed_dtypes():
     q = torch.zeros(1, 1, 4, 16, device=DEVICE)
     assert "got torch.float32, torch.float32, torch.bfloat16" in kernel.refuses(q, q, q.bfloat16())

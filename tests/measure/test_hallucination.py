@@ -63,7 +63,7 @@ def test_right_answers_score_one_and_yes_scores_a_half():
     assert report.f1 == pytest.approx(2 / 3)
     assert report.captions.recall == report.captions.named == 0
     assert report.row()["existence"]["popular"]["accuracy"] == report.accuracy == 0.5
-    assert set(report.skills) == {*ask.ABOUT_A_SCENE, "neutral"}
+    assert set(report.skills) == {*ask.ABOUT_A_SCENE, *ask.ABOUT_NONE}
 
 
 def test_absent_kinds_are_absent_and_chosen_as_they_say():
@@ -93,7 +93,7 @@ def test_skills_are_asked_of_scenes_that_can_answer():
         return ["two"] * len(texts)
 
     done = h.abilities(answer, 12, 0)
-    assert len(asked) == 4 * 12
+    assert len(asked) == 5 * 12
     assert done["colour"] == done["place"] == 0
     assert 0 < done["count"] < 1
 

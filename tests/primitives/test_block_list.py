@@ -205,8 +205,10 @@ def test_a_table_made_at_run_time(keys):
     assert torch.equal(blocks.turned().to_dense(), dense)
     most = int(table.sum(-1).max())
     assert BlockList.from_table(table, (64, 32), 200, keys, most).index.shape[-1] == most
-    # Turned without a look at the device, it is what sorting its entries makes, with room for more.
+    # Turned without a look at the device, it is what sorting its entries makes, with room for more; kernels read it
+    # line by line.
     turned, slow = blocks.turned(), replace(blocks, chosen=False).turned()
+    assert all(getattr(turned, name).is_contiguous() for name in ("full", "count", "index", "part"))
     assert all(torch.equal(getattr(turned, name), getattr(slow, name)) for name in ("full", "count"))
     width = slow.index.shape[-1]
     assert all(torch.equal(getattr(turned, name)[..., :width], getattr(slow, name)) for name in ("index", "part"))

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from regard import catalog
 from regard.adapters import projections
 from regard.adapters.families import Decoder
+from regard.core.card import Needs
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Indices, Placement, Where
@@ -60,7 +61,8 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
         heads = _indices("head", placement.heads, decoder.kv_heads)
         module = catalog.load(placement.stem)
         for index in _indices("layer", placement.layers, decoder.layers):
-            where = Where(index, decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim, heads)
+            shape = (decoder.layers, decoder.heads, decoder.kv_heads, decoder.head_dim)
+            where = Where(index, *shape, heads, decoder.width)
             for verb in entry.verbs:
                 layers[index].claim(verb, entry.stem, heads)
                 if verb == "edit":
@@ -68,6 +70,7 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
                     layers[index].projections = module.edit(where, now, **options) or layers[index].projections
                 elif verb != "contrast":
                     layers[index].take(verb, entry.stem, getattr(module, verb)(where, **options), heads)
+                    layers[index].needs[entry.stem] = entry.card.needs
                 elif index == decoder.layers - 1 and (made := module.contrast(where, **options)) is not None:
                     contrasts[entry.stem] = made
     if len(contrasts) > 1:
@@ -112,8 +115,8 @@ FIELDS = {
     "drop": "rows",
     "feed": "feed",
 }
-# Of these a layer takes one: each answers alone what is read, or with what weight.
-ALONE = ("select", "reweigh")
+# Of these a layer takes one: each answers alone what is read, or with what weight. Biases of scores add up.
+ALONE = ("select", "reweigh", "rescore")
 
 
 class _Layer:
@@ -128,6 +131,7 @@ class _Layer:
         self.value_codec: list[Codec | None] = [None] * self.kv_heads
         self.edits: dict[str, list[Any]] = {field: [] for field in FIELDS.values()}
         self.placed: dict[str, str] = {}
+        self.needs: dict[str, Needs] = {}
         self.projections: Projections | None = None
         self.claims: dict[tuple[str, int], str] = {}
 
@@ -154,7 +158,7 @@ class _Layer:
             if made is None:
                 return
             for other in ALONE if verb in ALONE else ():
-                if other in self.placed:
+                if other in self.placed and not verb == other == "rescore":
                     raise RegardError(
                         f"{self.placed[other]!r} and {stem!r} both decide how the keys of layer {self.index} are read; "
                         "place them on different layers"
@@ -191,23 +195,24 @@ class _Layer:
         self._refuse_split(heads)
         pattern = heads[0] if same else Pattern.stack_heads(heads)
         edits = {field: tuple(made) for field, made in self.edits.items()}
-        return Slots(pattern, tuple(self.key_codec), tuple(self.value_codec), **edits)
+        edited = set(self.placed.values())
+        needs: list[tuple[str, Needs]] = [
+            (s, need) for s, need in self.needs.items() if s in edited and need != "nothing"
+        ]
+        return Slots(pattern, tuple(self.key_codec), tuple(self.value_codec), needs=tuple(needs), **edits)
 
     def _refuse_split(self, heads: Sequence[Pattern]) -> None:
-        """Edits that read the keys need one list of them."""
+        """A choice of keys needs one list of them."""
         held = {(p.reach()[0], k, v) for p, k, v in zip(heads, self.key_codec, self.value_codec, strict=True)}
-        for verb in ALONE:
-            if verb in self.placed and len(held) > 1:
-                others = {
-                    stem
-                    for (kind, _head), stem in self.claims.items()
-                    if kind.split()[0] in ("keep", "encode", "allow")
-                }
-                split = " and ".join(map(repr, sorted(others)))
-                raise RegardError(
-                    f"{self.placed[verb]!r} reads one list of keys for all heads, and {split} lets heads of layer "
-                    f"{self.index} hold different ones; place them on different layers"
-                )
+        if "select" in self.placed and len(held) > 1:
+            others = {
+                stem for (kind, _head), stem in self.claims.items() if kind.split()[0] in ("keep", "encode", "allow")
+            }
+            split = " and ".join(map(repr, sorted(others)))
+            raise RegardError(
+                f"{self.placed['select']!r} reads one list of keys for all heads, and {split} lets heads of layer "
+                f"{self.index} hold different ones; place them on different layers"
+            )
 
 
 def _indices(kind: str, written: Indices, count: int) -> tuple[int, ...]:

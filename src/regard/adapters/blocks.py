@@ -28,6 +28,7 @@ def open_block(surgery: Surgery, decoder: Decoder, index: int, requests: Request
         for part in PARTS:
             hook = _writing(part, index, requests)
             surgery.hook(decoder.part(index, f"{part}_out").register_forward_hook(hook))
+        surgery.hook(block.register_forward_hook(_writing("layer", index, requests)))
     if slots.feed:
         _feed(surgery, decoder, index, requests)
     if slots.rows:

@@ -1,7 +1,7 @@
 """Any Store, shown to transformers as one layer of its cache, and the cache of such layers."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from regard.core.errors import RegardError
-from regard.core.slots import Slots, State
+from regard.core.slots import Image, Slots, State
 from regard.core.step import Step
 from regard.core.store import Store, View
 from regard.ops.layer import run
@@ -140,72 +140,105 @@ class StoreLayer(CacheLayerMixin):
         return self.store.raw()
 
 
+@dataclass(frozen=True)
+class Shown:
+    """One image of a request: its last token's arrival, and its features as the request and its branches see it."""
+
+    last: int
+    views: tuple[Image, ...]
+
+
 @dataclass(eq=False)
 class Branch:
-    """A second branch of a request: the tokens that arrived so far, and what the branch reads in their place.
+    """One branch of a request: what it reads in place of the request's prompt.
 
     Args:
-        ids: tokens of the request `[B, n]`.
-        prompt: arrivals of the request's prompt that the branch's own prompt stands for; None: it has not begun.
         own: its prompt `[B, N]`, padded on the left.
         padding: `[B]` how far; None where no row is padded.
         longest: tokens of its longest prompt.
         cache: what it has read; None: nothing yet.
     """
 
-    ids: Tensor
-    prompt: int | None = None
-    own: Tensor | None = None
-    padding: Tensor | None = None
-    longest: int = 0
+    own: Tensor
+    padding: Tensor | None
+    longest: int
     cache: "StoreCache | None" = None
 
-    @property
-    def tokens(self) -> Tensor:
-        """All the branch is to read, `[B, m]`: its prompt, and what followed the request's."""
-        assert self.own is not None
-        return torch.cat((self.own, self.ids[:, self.prompt :]), dim=1)
+    def reorder(self, rows: Tensor) -> None:
+        """Row `i` becomes the old row `rows[i]`."""
+        self.own = self.own[rows]
+        self.padding = self.padding if self.padding is None else self.padding[rows]
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
 
-    @property
-    def mask(self) -> Tensor | None:
-        """`[B, m]`, 0 at padding; None where no row is padded."""
-        if self.padding is None:
-            return None
-        return (torch.arange(self.tokens.shape[1], device=self.ids.device) >= self.padding[:, None]).long()
+
+@dataclass(eq=False)
+class Fork:
+    """What runs beside a request, and what its branches are fed from.
+
+    Args:
+        ids: tokens of the request that arrived so far, `[B, n]`.
+        places: their positions `[axes, B, n]` where the model counts more than one; None: it counts one.
+        prompt: arrivals of the prompt that the branches' prompts stand for; None: they have not begun.
+        branches: one for each of the mechanism's, once they have begun.
+        images: of each row.
+        fresh: images that were encoded for prompts that are not complete yet.
+        seen: the last of them, which says how the language model is given images.
+    """
+
+    ids: Tensor
+    places: Tensor | None = None
+    prompt: int | None = None
+    branches: list[Branch] = field(default_factory=list)
+    images: list[list[Shown]] = field(default_factory=list)
+    fresh: list[Any] = field(default_factory=list)
+    seen: Any = None
+
+    def tokens(self, branch: Branch) -> Tensor:
+        """All that `branch` is to read, `[B, m]`: its prompt, and what followed the request's."""
+        return torch.cat((branch.own, self.ids[:, self.prompt :]), dim=1)
 
     def reorder(self, rows: Tensor) -> None:
         """Row `i` becomes the old row `rows[i]`."""
         rows = rows.to(self.ids.device)
         self.ids = self.ids[rows]
-        self.own = self.own if self.own is None else self.own[rows]
-        self.padding = self.padding if self.padding is None else self.padding[rows]
-        if self.cache is not None:
-            self.cache.reorder_cache(rows)
+        self.places = self.places if self.places is None else self.places[:, rows]
+        self.images = [self.images[row] for row in rows.tolist()] if self.images else []
+        for branch in self.branches:
+            branch.reorder(rows)
 
     def keeps(self, length: int) -> bool:
         """Whether its prompt still stands when the request is cut to `length` arrivals."""
         return self.prompt is not None and length >= self.prompt
 
+    def removable(self, length: int) -> int | None:
+        """How many tokens its branches can forget when the request is cut to `length` arrivals; None: any number."""
+        caches = [branch.cache for branch in self.branches if branch.cache is not None]
+        return min((cache.removable for cache in caches), default=None) if self.keeps(length) else None
+
     def crop(self, length: int) -> None:
-        """Forget the request's arrivals from `length` on; a branch whose prompt is cut begins anew."""
+        """Forget the request's arrivals from `length` on; branches whose prompt is cut begin anew."""
         self.ids = self.ids[:, :length]
+        self.places = self.places if self.places is None else self.places[..., :length]
         if not self.keeps(length):
-            self.prompt = self.own = self.padding = self.cache = None
-        elif self.cache is not None:
-            self.cache.crop(min(self.tokens.shape[1] - self.cache.get_seq_length(), 0))
+            self.prompt, self.branches = None, []
+            self.images = [[image for image in row if image.last < length] for row in self.images]
+        for branch in self.branches:
+            if branch.cache is not None:
+                branch.cache.crop(min(self.tokens(branch).shape[1] - branch.cache.get_seq_length(), 0))
 
 
 class StoreCache(DynamicCache):
     """A DynamicCache some of whose layers are StoreLayers.
 
     `recipe` is the digest of the placements it was made under; `prompt` where its prompt ended, None while
-    the prompt lasts; `branch` what a second branch of the request holds, if it has one; `recording` whether layers
+    the prompt lasts; `fork` the branches of the request, if it has some; `recording` whether layers
     keep what the next crop may bring back.
     """
 
     recipe: str
     prompt: int | None = None
-    branch: Branch | None = None
+    fork: Fork | None = None
     recording: bool = False
 
     @classmethod
@@ -225,22 +258,22 @@ class StoreCache(DynamicCache):
     def reorder_cache(self, beam_idx: Any) -> None:
         """Row `i` becomes the old row `beam_idx[i]`."""
         super().reorder_cache(beam_idx)
-        self._branch_rows(beam_idx)
+        self._fork_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row becomes `repeats` rows."""
         super().batch_repeat_interleave(repeats)
-        if self.branch is not None:
-            self._branch_rows(torch.arange(self.branch.ids.shape[0]).repeat_interleave(repeats))
+        if self.fork is not None:
+            self._fork_rows(torch.arange(self.fork.ids.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` names (numbers or a bool mask)."""
         super().batch_select_indices(indices)
-        self._branch_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
+        self._fork_rows(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
-    def _branch_rows(self, rows: Tensor) -> None:
-        if self.branch is not None:
-            self.branch.reorder(rows)
+    def _fork_rows(self, rows: Tensor) -> None:
+        if self.fork is not None:
+            self.fork.reorder(rows)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last `-tokens_to_remove` tokens; a positive number is the length to keep (transformers 5.17).
@@ -251,17 +284,17 @@ class StoreCache(DynamicCache):
         # transformers 5.17 counts in 0-d tensors, which would spread to every length.
         tokens_to_remove, length = int(tokens_to_remove), int(self.get_seq_length())
         gone = -tokens_to_remove if tokens_to_remove <= 0 else max(length - tokens_to_remove, 0)
-        removable, branch = self.removable, self.branch
-        if branch is not None and branch.cache is not None and branch.keeps(length - gone):
-            removable = min(removable, branch.cache.removable)
+        removable, fork = self.removable, self.fork
+        if fork is not None and (most := fork.removable(length - gone)) is not None:
+            removable = min(removable, most)
         if gone > removable:
             raise RegardError(
                 f"cannot remove the last {gone} of {length} tokens: {removable} can be removed, layers under recipe "
                 f"{self.recipe} evicted what comes before; call activate_past_recording() before forwards to undo"
             )
         super().crop(-gone)
-        if branch is not None:
-            branch.crop(length - gone)
+        if fork is not None:
+            fork.crop(length - gone)
 
     @property
     def removable(self) -> int:
@@ -270,16 +303,17 @@ class StoreCache(DynamicCache):
         return min(found, default=self.get_seq_length())
 
     def activate_past_recording(self) -> None:
-        """Keep what the next `crop` may bring back, in a branch too."""
+        """Keep what the next `crop` may bring back, in branches too."""
         super().activate_past_recording()
         self.recording = True
-        if self.branch is not None and self.branch.cache is not None:
-            self.branch.cache.activate_past_recording()
+        for branch in self.fork.branches if self.fork is not None else ():
+            if branch.cache is not None:
+                branch.cache.activate_past_recording()
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.prompt = self.branch = None
+        self.prompt = self.fork = None
         for layer in self.layers:
             # The model's own layers: transformers 5.17 would keep their length, and zeros.
             if isinstance(layer, CacheLayerMixin) and not isinstance(layer, StoreLayer):

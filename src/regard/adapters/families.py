@@ -18,7 +18,7 @@ REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 
 @dataclass(frozen=True)
 class Family:
-    """Names inside the decoder: its layer list, and in a layer the self-attention and the feed-forward part.
+    """Names inside the decoder: its layers, the norm behind them, and in a layer the attention and feed-forward part.
 
     `attention_out` and `feed_forward_out` name the module whose output is added to the residual stream, where
     that is a norm behind the part.
@@ -27,6 +27,7 @@ class Family:
     layers: str = "layers"
     attention: str = "self_attn"
     feed_forward: str = "mlp"
+    norm: str = "norm"
     attention_out: str = ""
     feed_forward_out: str = ""
 
@@ -49,8 +50,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": Family(),
     "qwen2_5_vl_text": Family(),
     "qwen3_vl_text": Family(),
-    "gpt_neox": Family(attention="attention"),
-    "gpt2": Family(layers="h", attention="attn"),
+    "gpt_neox": Family(attention="attention", norm="final_layer_norm"),
+    "gpt2": Family(layers="h", attention="attn", norm="ln_f"),
 }
 
 
@@ -80,6 +81,11 @@ class Decoder:
     def layers(self) -> int:
         """Number of decoder layers."""
         return len(self.attentions)
+
+    @property
+    def width(self) -> int:
+        """Of the residual stream."""
+        return self.config.hidden_size
 
     @property
     def vocabulary(self) -> int:

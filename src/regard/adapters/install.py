@@ -125,11 +125,8 @@ class Handle:
         language = next((part for part in self.model.modules() if isinstance(part, GenerationMixin)), None)
         if not isinstance(language, nn.Module):
             raise RegardError(f"{contrast.name!r} edits logits, and {type(self.model).__name__} has no language head")
-        surgery, branches = self._surgery, Branches(contrast, self.decoder, self._requests)
-        surgery.hook(language.register_forward_pre_hook(branches.open, with_kwargs=True))
-        surgery.hook(self.decoder.module.register_forward_pre_hook(branches.begin))
-        surgery.hook(language.register_forward_hook(branches.combine, with_kwargs=True, always_call=True))
-        self._branches = branches
+        self._branches = Branches(contrast, language, self.decoder, self._requests)
+        self._branches.install(self._surgery)
 
     def detach(self) -> None:
         """Leave the model as it was before.
@@ -196,12 +193,29 @@ class Handle:
             RegardError: no mechanism of this recipe runs a branch; `ids` is empty, longer than the model's context,
                 or holds ids outside its vocabulary; `mask` is not left padding.
         """
-        if self._branches is not None:
-            return self._branches.giving(ids, mask)
+        if self._branches is None:
+            self._refuse_branching()
+            return nullcontext()
+        return self._branches.giving(ids, mask)
+
+    def lending(self, thing: Any) -> AbstractContextManager[None]:
+        """Branches of requests inside use `thing`, where their mechanism asks for more than tokens.
+
+        Args:
+            thing: what the mechanism's card says: pixels of another view, scores of patches, another model.
+
+        Raises:
+            RegardError: no mechanism of this recipe runs a branch.
+        """
+        if self._branches is None:
+            self._refuse_branching()
+            return nullcontext()
+        return self._branches.lending(thing)
+
+    def _refuse_branching(self) -> None:
         if not self._bound.branching:
             stems = ", ".join(stem for stem, entry in catalog.entries().items() if "contrast" in entry.verbs)
             raise RegardError(f"no mechanism of this recipe runs a second branch; those that do: {stems}")
-        return nullcontext()
 
     def explain(self) -> str:
         """What runs in each layer, equal layers together."""

@@ -10,11 +10,12 @@ from regard.adapters.families import open_decoder
 
 
 def _layers(cache: Any) -> Iterator[Any]:
-    """The layers of a cache, and those of its second branch."""
+    """The layers of a cache, and those of its branches."""
     yield from cache.layers
-    branch = getattr(cache, "branch", None)
-    if branch is not None and branch.cache is not None:
-        yield from _layers(branch.cache)
+    fork = getattr(cache, "fork", None)
+    for branch in fork.branches if fork is not None else ():
+        if branch.cache is not None:
+            yield from _layers(branch.cache)
 
 
 def tensors(cache: Any) -> Iterator[Tensor]:

@@ -161,6 +161,11 @@ class Requests:
         for layer in running:
             for edit in layer.slots.rows:
                 edit.check(step)
+            for stem, need in layer.slots.needs if not self._aside else ():
+                if need in ("map", "image"):
+                    known = step.said(stem)
+                if need == "image":
+                    known.require(Kind.VISUAL, stem)
         for layer in running:
             layer.step = step
         self.step, self.cache = step, cache
@@ -194,7 +199,9 @@ class Requests:
         """What the tokens are; a map must agree with the padding of the arrivals before `stop`."""
         if self._tokens is None or self._aside:
             return None
-        tokens = self._tokens.to(device).repeat(self._times("a token map", self._tokens.rows, batch))
+        times = self._times("a token map", self._tokens.rows, batch)
+        tokens = self._tokens.to(device)
+        tokens = tokens if times == 1 else tokens.repeat(times)
         told = tokens.of(Kind.PADDING)[:, :stop].long().cumprod(1).sum(1)
         found = torch.zeros(1, dtype=torch.long, device=device) if padding is None else padding
         if bool((told != found).any()):

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Saving = Literal["none", "compute", "memory"]
+Needs = Literal["nothing", "map", "image", "pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class Card:
     (None: it has no such setting), `example` options small enough to show it at work on a short text (the
     contract tests run them). `oracles` says what the file was checked against. `whole_layers`
     forbids a choice of heads. `whole_model`: the mechanism decides over all layers at once, so that it is placed on all
-    of them and a search spares none.
+    of them and a search spares none. `needs` says what it has to be told besides tokens: a "map" of their kinds, one in
+    which every row has an "image", or the images themselves ("pixels"; a request of text alone is refused).
     """
 
     title: str
@@ -54,6 +56,7 @@ class Card:
     aliases: tuple[str, ...] = ()
     whole_layers: bool = False
     whole_model: bool = False
+    needs: Needs = "nothing"
     neutral: dict[str, Any] | None = None
     example: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Option] = field(default_factory=dict)

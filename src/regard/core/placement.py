@@ -13,8 +13,8 @@ Indices = tuple[int, ...] | Literal["all"]
 class Where:
     """The layer a mechanism is being bound to, in a model of the given shape.
 
-    `layers`, `heads`, `kv_heads` and `head_dim` are the model's; `layer` is this layer's index, `placed`
-    the KV heads of it that the placement names.
+    `layers`, `heads`, `kv_heads`, `head_dim` and `width` (of the residual stream) are the model's; `layer` is this
+    layer's index, `placed` the KV heads of it that the placement names.
     """
 
     layer: int
@@ -23,6 +23,7 @@ class Where:
     kv_heads: int
     head_dim: int
     placed: tuple[int, ...] = ()
+    width: int = 0
 
     def rows(self, heads: int) -> list[int]:
         """The placed heads as query heads, of `heads` in all."""

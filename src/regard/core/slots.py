@@ -1,16 +1,17 @@
 """What one layer of an attached model does differently: the bound mechanisms, in running order."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from regard.core.card import Needs
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Codec
-from regard.core.token_map import Kind
 
 State = dict[str, Tensor]
 
@@ -49,7 +50,8 @@ class Reading:
 
     Args:
         query: `[B, H, R, D]`. key: `[B, Hk, S, D]`, in the basis of the queries, in order of arrival.
-        positions: of the keys, `[1|B, S]`; negative ones are padding.
+        positions: of the keys, `[1|B, S]`, or `[1|B, Hk, S]` where heads hold different keys; negative ones are
+            padding, or slots that a head does not have.
         pattern, scale, softcap: as the layer attends.
         lse: `[B, H, R]` log-sum-exp of the scores; None before they were attended.
         step: the forward. state: the mechanism's own tensors, batch rows first; what it keeps by arrival it cuts
@@ -66,20 +68,59 @@ class Reading:
     state: State
     lse: Tensor | None = None
 
+    def of_rows(self, rows: slice, step: Step, lse: Tensor) -> "Reading":
+        """The same of some rows of the forward: their step, and their `lse [B, H, R]`."""
+        return replace(self, query=self.query[:, :, rows], step=step, lse=lse)
+
     @property
     def arrivals(self) -> Tensor:
-        """Arrivals of the keys, `[B, S]`; negative or meaningless for padding."""
-        padding = self.step.padding
-        positions = self.positions.expand(self.query.shape[0], -1)
-        return positions if padding is None else positions + padding.to(positions.device)[:, None]
+        """Arrivals of the keys, `[B, 1|H, S]`, an entry a query head where heads hold different keys; -1: no key."""
+        positions, padding = self.positions, self.step.padding
+        batch, heads = self.query.shape[:2]
+        if positions.ndim == 2:
+            positions = positions[:, None]
+        elif positions.shape[1] > 1:
+            positions = positions.repeat_interleave(heads // positions.shape[1], 1)
+        shift = 0 if padding is None else padding.to(positions.device)[:, None, None]
+        return (positions + shift).masked_fill(positions < 0, -1).expand(batch, -1, -1)
 
     def kinds(self, stem: str) -> Tensor:
-        """What the keys are, `[B, S]` values of `Kind`, for mechanism `stem`.
+        """What the keys are, `[B, 1|H, S]` values of `Kind`, for mechanism `stem`.
 
         Raises:
             RegardError: nobody said what the tokens are.
         """
-        return self.step.said(stem).at(self.arrivals).masked_fill(self.positions < 0, Kind.PADDING)
+        arrivals = self.arrivals
+        return self.step.said(stem).at(arrivals.flatten(1)).view(arrivals.shape)
+
+    def held(self, told: Tensor, otherwise: float) -> Tensor:
+        """`told [1|B, n]` or `[1|B, H, n]`, by arrival, of the keys: `[B, 1|H, S]`; `otherwise` for all others."""
+        arrivals, n = self.arrivals, told.shape[-1]
+        told = told[:, None] if told.ndim == 2 else told
+        heads = max(told.shape[1], arrivals.shape[1])
+        arrivals = arrivals.expand(-1, heads, -1)
+        if not n:
+            return torch.full_like(arrivals, otherwise, dtype=told.dtype)
+        inside = (arrivals >= 0) & (arrivals < n)
+        found = told.expand(len(arrivals), heads, n).gather(2, arrivals.clamp(0, n - 1))
+        return torch.where(inside, found, torch.as_tensor(otherwise, dtype=told.dtype, device=told.device))
+
+    def scores(self) -> Tensor:
+        """Scaled and capped scores of the rows over the keys, `[B, H, R, S]` in float32 (float64); -inf: not seen."""
+        exact = torch.float64 if self.query.dtype == torch.float64 else torch.float32
+        kv_heads, group = self.key.shape[1], self.query.shape[1] // self.key.shape[1]
+        grouped = self.query.to(exact).unflatten(1, (kv_heads, group)).flatten(2, 3)
+        scores = (grouped @ self.key.to(exact).transpose(-1, -2)) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        seen = self.pattern.allow(self.step.queries(self.key.device), self.positions)
+        scores = scores.unflatten(2, (group, -1)).masked_fill(~seen[:, :, None], -torch.inf)
+        return scores.flatten(1, 2)
+
+    def weights(self) -> Tensor:
+        """Probabilities of the rows over the keys, `[B, H, R, S]` in float32 (float64); a row without keys has none."""
+        assert self.lse is not None
+        return torch.exp(self.scores() - self.lse.masked_fill(self.lse == -torch.inf, 0)[..., None])
 
 
 @dataclass(frozen=True)
@@ -127,22 +168,26 @@ class Reweigh:
 
     `split(reading)` gives each key its segment, `[B, 1|H, 1|R, S]` of 0 to `segments - 1`, or None: nothing
     to do. `gains(masses [segments, B, H, R])` multiply the probabilities of each segment. Outputs become
-    `sum_s gain_s mass_s out_s` of the segments' own attention, so no probability is ever built.
+    `sum_s gain_s mass_s out_s` of the segments' own attention, so no probability is ever built. `rows(step)` names
+    the arrivals whose rows are split, which then come in blocks of few rows (None: no row); without it all rows come
+    at once, and segments should not differ by row.
     """
 
     name: str
     segments: int
     split: Callable[[Reading], Tensor | None]
     gains: Callable[[Tensor], Tensor]
+    rows: Callable[[Step], slice | None] | None = None
 
 
 @dataclass(frozen=True)
 class Rescore:
     """Site `scores`: what is added to the scores of some rows before the softmax.
 
-    `rows(step)` says which rows of the forward are edited (None: none). `bias(reading)` gets a reading of these rows
-    alone, with their lse, and returns `[1|B, 1|H, 1|R, S]`, -inf to hide a key, or None. To multiply probabilities by
-    g and renormalise is to add log g.
+    `rows(step)` names the arrivals whose rows are edited (None: none). `bias(reading)` gets a reading of some of
+    these rows, with their lse, and returns `[1|B, 1|H, 1|R, S]`, -inf to hide a key, or None. Blocks of rows come in
+    order. All biases of a layer are made from the scores as they are, and added up. To multiply probabilities by g and
+    renormalise is to add log g.
     """
 
     name: str
@@ -160,9 +205,10 @@ class Watch:
 
 @dataclass(frozen=True)
 class Write:
-    """Site `residual`: what a part of the layer adds to the residual stream, before it is added.
+    """Site `residual`: what a part of the layer adds to the residual stream, and the stream as it leaves the layer.
 
-    `run(part, x [B, T, d], step)` returns it edited; `part` is "attention" or "feed_forward".
+    `run(part, x [B, T, d], step)` returns it edited; `part` is "attention" or "feed_forward", before it is added, or
+    "layer".
     """
 
     name: str
@@ -197,19 +243,76 @@ class Feed:
     seen: Callable[[Tensor, Tensor, Step], None]
 
 
+# Features of one image as the language model takes them: `[n, d]`, and those that deeper layers add, `[n, d]` each.
+Image = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Sight:
+    """The images of a request that a model encoded together, and what it made of them.
+
+    Args:
+        model: the language model, with its encoder.
+        given: what the encoder was given, by name: `pixel_values` and what describes them.
+        images: what it made of them, in the prompt's order.
+        encode: the encoder and projector themselves; `encode(pixel_values=...)` with other arguments in place of some.
+        caught: what `Contrast.around` yielded.
+        lent: what the user gave with `handle.lending`, None: nothing.
+        times: how often each image of the user's request comes in a row: older `generate` repeats them for its beams.
+    """
+
+    model: nn.Module
+    given: Mapping[str, Any]
+    images: Sequence[Image]
+    encode: Callable[..., list[Image]]
+    caught: Any
+    lent: Any
+    times: int
+
+
+Around = Callable[[nn.Module, Any], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class BranchSpec:
+    """One more branch of a request: it is fed the same emitted tokens, and differs from the request as said here.
+
+    Args:
+        prompt: `f(ids [B, N], mask [B, N])` makes its prompt and mask, of any length, padded on the left, int64, the
+            mask 0 at padding; None: the request's own. Not asked where the user gives it (`handle.branching`).
+        view: what it sees in place of the request's images, one for each; an image of fewer tokens than the request's
+            leaves that many out of the prompt. None: the same. With a view, text alone is refused.
+        around: `f(model, lent)` is entered while the branch runs (other weights).
+        check: `f(model, lent)` raises, before the request's prompt is complete, where the branch cannot run.
+        exits: layers, counted from 1, after which its stream leaves early: more logits of the same forward.
+    """
+
+    prompt: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    view: Callable[[Sight], Sequence[Image]] | None = None
+    around: Around | None = None
+    check: Callable[[nn.Module, Any], None] | None = None
+    exits: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class Contrast:
-    """Site `logits`: a second branch with another prompt, fed the same tokens after it.
+    """Site `logits`: branches of a request, and how their logits are combined.
 
-    `branch(ids [B, N], mask [B, N])` makes the branch's prompt and its mask, of any length, padded on the left; both
-    are int64, and `mask` is 0 at padding. It is not asked where the user gives that prompt (`handle.branching`).
-    `combine(logits [B, R, V], other [B, R, V])` returns the logits that are used in place of `logits`, of the last
-    prompt row and all response rows; the same row of both follows the same emitted tokens.
+    Args:
+        name: of the mechanism.
+        combine: `f(z)` returns the logits that are used in place of the request's own, of the last prompt row and all
+            response rows. `z` holds the request's own `[B, R, V]` and those of its `exits`, then those of each branch
+            in the same way; the same row of all follows the same emitted tokens.
+        branches: besides the request.
+        around: `f(model, lent)` is entered while the request's own images are encoded.
+        exits: of the request itself, as in `BranchSpec`.
     """
 
     name: str
-    branch: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    combine: Callable[[Tensor, Tensor], Tensor]
+    combine: Callable[[Sequence[Tensor]], Tensor]
+    branches: tuple[BranchSpec, ...]
+    around: Around | None = None
+    exits: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -224,6 +327,7 @@ class Slots:
         prepare, rescore, reweigh, mix, watch, write, rows, feed: in the recipe's order; `rows` hold together, and so
             do the biases of `rescore`.
         select: at most one.
+        needs: mechanisms that have to be told what the tokens are, and what of them.
     """
 
     pattern: Pattern
@@ -238,6 +342,7 @@ class Slots:
     write: tuple[Write, ...] = ()
     rows: tuple[Rows, ...] = ()
     feed: tuple[Feed, ...] = ()
+    needs: tuple[tuple[str, Needs], ...] = ()
 
     def __str__(self) -> str:
         """What runs, for `explain`: the pattern, then codecs, heads together where they agree."""

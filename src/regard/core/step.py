@@ -22,7 +22,7 @@ class Step:
         padding: `[B]` int64 left padding of each row, None when no row is padded.
         prompt: arrivals below this are prompt rows, the others response rows; None: all are prompt.
         marks: `[1|B, n]` bool, arrivals that the user marked (an image, a document); None: nothing is marked.
-        tokens: what the request's tokens are; None: nobody said.
+        tokens: what the request's tokens are; None: nobody said, and in a second branch nobody does.
         rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
             others; None: all of this forward. Only a layer that runs some rows has its own Step.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
@@ -74,6 +74,32 @@ class Step:
         if self.tokens is None:
             raise RegardError(f"{stem!r} needs to know what the tokens are: run inside handle.reading(token_map)")
         return self.tokens
+
+    @property
+    def answer(self) -> int | None:
+        """Where the answer begins: where the prompt ends, else the token map; None: nobody said."""
+        if self.prompt is None and self.tokens is not None:
+            return self.tokens.length
+        return self.prompt
+
+    @property
+    def emitting(self) -> slice | None:
+        """Arrivals whose rows emit the answer: the prompt's last and all after it; None: nobody said which."""
+        return None if self.answer is None else slice(max(self.answer - 1, 0), None)
+
+    def within(self, arrivals: slice) -> tuple[slice, Tensor | None]:
+        """Where rows of `arrivals` lie among those that run, and `[B, R]` bool which these are (None: all there).
+
+        Batch rows of which a layer runs different rows may have others in between.
+        """
+        first, last = arrivals.start or 0, self.stop if arrivals.stop is None else arrivals.stop
+        if self.rows is None:
+            start = min(max(first - self.start, 0), self.width)
+            return slice(start, min(max(last - self.start, start), self.width)), None
+        mine = (self.rows >= first) & (self.rows < last)
+        found = mine.any(0).nonzero()[:, 0]
+        rows = slice(int(found[0]), int(found[-1]) + 1) if len(found) else slice(0, 0)
+        return rows, mine[:, rows]
 
     @property
     def response(self) -> Tensor:

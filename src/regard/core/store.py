@@ -104,6 +104,11 @@ class Codec:
 class View(Protocol):
     """What a store holds for the queries of one forward; dropped when the layer is done."""
 
+    @property
+    def size(self) -> int:
+        """Keys that it shows, `S`."""
+        ...
+
     def attend(
         self,
         q: Tensor,
@@ -117,7 +122,8 @@ class View(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Attention of `q [B, H, T, D]` over what the store holds: `(out [B, H, T, Dv], lse [B, H, T])`.
 
-        `index [1|B, n]` reads those keys only (-1: none); `bias` is added to the scores of all keys.
+        `index [1|B, n]` reads those keys only (-1: none); `bias [1|B, 1|H, 1|T, S]` is added to the scores of the keys
+        that `keys` shows.
         """
         ...
 
@@ -142,8 +148,7 @@ class View(Protocol):
     def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
         """`q` and the keys `[B, Hk, S, D]` in one basis, and the keys' positions `[1|B, S]`.
 
-        Raises:
-            RegardError: heads hold different keys.
+        Where heads hold different keys, positions are `[1|B, Hk, S]`, negative in slots that a head does not have.
         """
         ...
 

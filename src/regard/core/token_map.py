@@ -1,7 +1,7 @@
 """What the tokens of a request are: padding, template, question, image, answer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 
@@ -56,14 +56,16 @@ class TokenMap:
     Args:
         kinds: `[1|B, n]` int8, values of `Kind`.
         spans: images, clips and their parts, by row and then by start.
+        sets: named sets of tokens that a mechanism asks for, `[1|B, n]` bool each.
 
     Raises:
         RegardError: kinds of another shape or value, a span outside the row, over padding, over another span, or
-            whose grid has another number of tokens.
+            whose grid has another number of tokens; a set of another shape.
     """
 
     kinds: Tensor
     spans: tuple[Span, ...] = ()
+    sets: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kinds.ndim != 2 or self.kinds.dtype != torch.int8:
@@ -83,6 +85,9 @@ class TokenMap:
             if span.grid is not None and span.grid[0] * span.grid[1] * span.grid[2] != span.stop - span.start:
                 raise RegardError(f"a grid of {span.grid} has another number of tokens than {span}")
             before = span
+        for name, told in self.sets.items():
+            if told.dtype != torch.bool or told.shape not in ((1, n), (rows, n)):
+                raise RegardError(f"set {name!r} must be bool [1 or {rows}, {n}], got {told.dtype} {list(told.shape)}")
 
     @classmethod
     def of_text(cls, mask: Tensor, spans: Sequence[Span] = ()) -> "TokenMap":
@@ -111,11 +116,11 @@ class TokenMap:
 
     @cached_property
     def images(self) -> Tensor:
-        """`[1|B, n]`: the number, within its row, of the span a token is of; -1 outside all."""
+        """`[1|B, n]`: which image of its row a token shows, by its span, or by the spans' order; -1 outside all."""
         found = torch.full(self.kinds.shape, -1, dtype=torch.long, device=self.kinds.device)
         count = [0] * self.rows
         for span in self.spans:
-            found[span.row, span.start : span.stop] = count[span.row]
+            found[span.row, span.start : span.stop] = count[span.row] if span.image is None else span.image
             count[span.row] += 1
         return found
 
@@ -125,10 +130,26 @@ class TokenMap:
 
     def require(self, kind: Kind, stem: str) -> None:
         """Raise RegardError, naming `stem` as who needs it, where some row has no token of `kind`."""
-        missing = (~self.of(kind).any(1)).nonzero()[:, 0].tolist()
+        missing = [row for row, found in enumerate(self._found) if kind not in found]
         if missing:
             where = "" if self.rows == 1 else f" in rows {', '.join(map(str, missing))}"
             raise RegardError(f"{stem!r} needs {kind.name.lower()} tokens, and the token map has none{where}")
+
+    @cached_property
+    def _found(self) -> list[set[int]]:
+        """The kinds of each row."""
+        return [set(kinds) for kinds in self.kinds.tolist()]
+
+    def named(self, name: str, stem: str) -> Tensor:
+        """Set `name`, `[1|B, n]` bool.
+
+        Raises:
+            RegardError: there is none; `stem` needs it.
+        """
+        if name not in self.sets:
+            known = ", ".join(map(repr, self.sets)) or "none"
+            raise RegardError(f"{stem!r} needs a token map with a set {name!r}; this one has {known}")
+        return self.sets[name]
 
     def at(self, arrivals: Tensor) -> Tensor:
         """Kinds of `arrivals [1|B, S]`, `[1|B, S]` int8: negative ones are padding, later ones generated."""
@@ -142,8 +163,12 @@ class TokenMap:
     def repeat(self, times: int) -> "TokenMap":
         """Each row `times` times, as `generate` repeats them for beams."""
         spans = [replace(span, row=span.row * times + i) for span in self.spans for i in range(times)]
-        return TokenMap(self.kinds.repeat_interleave(times, 0), tuple(sorted(spans, key=lambda s: (s.row, s.start))))
+        sets = {name: told.repeat_interleave(times, 0) for name, told in self.sets.items()}
+        kinds = self.kinds.repeat_interleave(times, 0)
+        return TokenMap(kinds, tuple(sorted(spans, key=lambda s: (s.row, s.start))), sets)
 
     def to(self, device: torch.device) -> "TokenMap":
         """The same on `device`."""
-        return self if self.kinds.device == device else TokenMap(self.kinds.to(device), self.spans)
+        if self.kinds.device == device:
+            return self
+        return TokenMap(self.kinds.to(device), self.spans, {name: told.to(device) for name, told in self.sets.items()})

@@ -69,7 +69,7 @@ class Report:
     Args:
         existence: by how absent kinds are chosen (`NEGATIVES`).
         captions: of the captions.
-        skills: share of right answers on `count`, `colour`, `place` and `neutral`.
+        skills: share of right answers on `count`, `colour`, `place`, `neutral` and `repeat`.
     """
 
     existence: dict[str, Existence]
@@ -236,9 +236,11 @@ def count_named(captions: Sequence[str], scenes: Sequence[Sequence[Thing]]) -> C
 
 
 def abilities(answer: Answer, questions: int, seed: int) -> dict[str, float]:
-    """Share of right answers on each skill. Neutral questions come with an image, which has nothing to do with them."""
+    """Share of right answers on each skill. What is not about the image comes with one all the same."""
     random, result = Random(seed), {}
-    for skill, question in (*ask.ABOUT_A_SCENE.items(), ("neutral", None)):
+    skills = dict(ask.ABOUT_A_SCENE)
+    skills |= {name: lambda things, random, one=one: one(random) for name, one in ask.ABOUT_NONE.items()}
+    for skill, question in skills.items():
         seed += 1
         pairs = list(_askable(unlikely(4 * questions, seed), question, random, questions))
         said = answer([image for image, _ in pairs], [one.text for _, one in pairs])
@@ -247,11 +249,13 @@ def abilities(answer: Answer, questions: int, seed: int) -> dict[str, float]:
     return result
 
 
-def _askable(scenes: Scenes, question: Any, random: Random, most: int) -> Iterator[tuple[Tensor, ask.Question]]:
-    """Images with a question each, of the scenes that can be asked it (`question` None: any)."""
+def _askable(
+    scenes: Scenes, question: Callable[..., Any], random: Random, most: int
+) -> Iterator[tuple[Tensor, ask.Question]]:
+    """Images with a question each, of the scenes that can be asked it."""
     images = render(scenes, seed=most)
     for image, things in zip(images, scenes.things(), strict=True):
-        one = question(things, random) if question else ask.neutral(random)
+        one = question(things, random)
         if one is not None and most > 0:
             most -= 1
             yield image, one

@@ -37,7 +37,7 @@ ORDINALS = ("first", "second")
 SYSTEM = "answer the user about the image ."
 EMPTY = "nothing"
 LINK, NEXT, END = "with", ",", "."
-NEUTRAL = ("after", "before", "plus", "opposite", "more", "repeat")
+NEUTRAL = ("after", "before", "plus", "opposite", "more")
 
 
 class Question(NamedTuple):
@@ -142,13 +142,16 @@ def named(text: str) -> list[str]:
     return [pair for pair in pairs if pair in KINDS]
 
 
+def repeat(random: Random) -> Question:
+    """Two to five words to be said again."""
+    said = " ".join(random.choice((*COLOURS, *SHAPES, *NUMBERS)) for _ in range(random.randint(2, 5)))
+    return Question(TEXTS["repeat"].format(words=said), said)
+
+
 def neutral(random: Random) -> Question:
     """A question that no image answers."""
     form = random.choice(NEUTRAL)
     last = len(NUMBERS) - 1
-    if form == "repeat":
-        said = " ".join(random.choice((*COLOURS, *SHAPES, *NUMBERS)) for _ in range(random.randint(2, 5)))
-        return Question(TEXTS[form].format(words=said), said)
     if form == "opposite":
         word = random.choice(sorted(OPPOSITES))
         return Question(TEXTS[form].format(word=word), OPPOSITES[word])
@@ -159,8 +162,10 @@ def neutral(random: Random) -> Question:
     return Question(TEXTS[form].format(a=NUMBERS[a], b=NUMBERS[b]), answer)
 
 
-ABOUT_A_SCENE: dict[str, Callable[[Sequence[Thing], Random, int | None], Question | None]] = {
+# Skills of which every one can be asked beside an image.
+ABOUT_A_SCENE: dict[str, Callable[[Sequence[Thing], Random], Question | None]] = {
     "count": count,
     "colour": colour,
     "place": place,
 }
+ABOUT_NONE: dict[str, Callable[[Random], Question]] = {"neutral": neutral, "repeat": repeat}

@@ -12,9 +12,9 @@ from regard.adapters.seam import Call
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.ops.attention import attend
+from regard.ops.massive import peaks
 from regard.ops.totals import edges, totals
-from regard.primitives.massive import peaks
-from regard.primitives.overheard import Overheard
+from regard.primitives.sdpa import Overheard
 
 READINGS = ("masses", "columns", "entropy", "maps", "sinks", "norms")
 # Probabilities by tile and key that are in memory at once (64 MiB): heads are read in turns.
@@ -82,7 +82,7 @@ class Reader:
         out, lse = overheard(call, window, self.real)
         self._spoiled.append(torch.isnan(lse.masked_fill(~self.real[:, None], 0)).any())
         if "norms" in self.wanted:
-            self._note("values", call.value.float().norm(dim=-1))
+            self._note("values", _norm(call.value))
         if self.wanted - {"norms"}:
             self._read(call, lse, window)
         return out.transpose(1, 2)
@@ -120,7 +120,10 @@ class Reader:
         if self.wanted & {"columns", "sinks"}:
             found["columns"] = mass.sum(2)
         if "masses" in self.wanted:
-            found["masses"] = mass @ self.segments[some, None].to(mass.dtype) / rows[..., None]
+            # One vector at a time reads the sums at full speed; a product with few columns does not.
+            parts = zip(mass, self.segments[some].to(mass.dtype), strict=True)
+            shares = [torch.stack([one @ segment for segment in many.T], -1) for one, many in parts]
+            found["masses"] = torch.stack(shares) / rows[..., None]
         if "maps" in self.wanted:
             found["maps"] = self.pool(mass) / rows[..., None]
         if spread is not None:
@@ -156,7 +159,7 @@ class Reader:
         if "sinks" in self.wanted:
             read["peaks"] = lambda part: peaks(part, self.dims)
         if "norms" in self.wanted:
-            read["stream"] = lambda part: part.float().norm(dim=-1)
+            read["stream"] = _norm
         for name, function in read.items():
             self._note(name, torch.cat([function(part) for part in x], 1))
 
@@ -173,6 +176,10 @@ class Reader:
         if len(spoiled):
             raise RegardError(f"layer {int(spoiled[0])} is the first whose attention scores hold NaN")
         return {name: torch.stack(layers) for name, layers in self._found.items()}
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def _pooling(ends: Tensor) -> Callable[[Tensor], Tensor]:

@@ -17,8 +17,8 @@ from regard.core.errors import RegardError, choose
 from regard.core.token_map import Kind, TokenMap
 from regard.observe.inputs import prepared
 from regard.observe.reader import READINGS, Reader
+from regard.ops.massive import TAU
 from regard.ops.totals import edges
-from regard.primitives.massive import TAU
 
 __all__ = ["READINGS", "Record", "Sinks", "record"]
 

@@ -12,10 +12,11 @@ from regard.adapters.intercept import intercept
 from regard.adapters.seam import Call, open_free
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
+from regard.core.shapes import group_size
 from regard.observe.inputs import prepared
 from regard.observe.reader import overheard
 from regard.ops.totals import edges
-from regard.primitives import saliency as primitive
+from regard.primitives.sweep import LIMIT, visible
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ def saliency(
 def _layer(call: Call, lse: Tensor, grad: Tensor, real: Tensor, window: int | None, ends: Tensor) -> Tensor:
     arrivals = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
     pattern = Pattern.causal() if window is None else Pattern.window(window)
-    return primitive.saliency(
+    return tiled(
         call.query, call.key, call.value, lse, grad.transpose(1, 2), row_edges=ends, key_edges=ends, pattern=pattern,
         q_positions=arrivals, k_positions=arrivals, scale=call.scale, softcap=call.softcap,
     )  # fmt: skip
@@ -123,3 +124,74 @@ def _target(target: Tensor | int | None, logs: Tensor) -> Tensor:
     if bool(wrong.any()):
         raise RegardError(f"target {int(chosen[wrong][0])} is not in a vocabulary of {logs.shape[1]}")
     return chosen
+
+
+def tiled(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    *,
+    row_edges: Tensor,
+    key_edges: Tensor,
+    pattern: Pattern | None,
+    q_positions: Tensor,
+    k_positions: Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """`|A dL/dA|` summed over tiles of rows and keys; rows are computed in blocks, differentiable.
+
+    The gradient of a loss in a probability is `dout_i . v_j`, so `A dL/dA` at (i, j) is `p_ij (dout_i . v_j)`: what an
+    all-ones gate on A would get, without the gate.
+
+    Args:
+        q: `[B, H, T, D]`.
+        k: `[B, Hk, S, D]`.
+        v: `[B, Hk, S, Dv]`.
+        lse: `[B, H, T]`; -inf: an empty row, which gives nothing.
+        dout: `[B, H, T, Dv]`, the gradient of the loss in the output.
+        row_edges: `[R + 1]` ascending from 0 to T.
+        key_edges: `[C + 1]` ascending from 0 to S.
+        pattern: who sees whom; None: all real keys.
+        q_positions: `[1|B, T]`; negative ones are rows that do not count.
+        k_positions: `[1|B, S]`.
+        scale: of the scores.
+        softcap: of the scores.
+
+    Returns:
+        `[B, H, R, C]`, float32 (float64 for float64).
+
+    Raises:
+        RegardError: lse or dout do not belong to q and v.
+    """
+    if lse.shape != q.shape[:3] or dout.shape != (*q.shape[:3], v.shape[3]):
+        raise RegardError(
+            f"lse must be {list(q.shape[:3])} and dout {[*q.shape[:3], v.shape[3]]}, got {list(lse.shape)} and "
+            f"{list(dout.shape)}"
+        )
+    exact = torch.float64 if q.dtype == torch.float64 else torch.float32
+    heads, group = k.shape[1], group_size(q, k)
+    known = lse.masked_fill(lse == -torch.inf, 0).to(exact).unflatten(1, (heads, group))
+    rows, grads = (x.to(exact).unflatten(1, (heads, group)) for x in (q, dout))
+    keys, values = (x.to(exact)[:, :, None].mT for x in (k, v))
+    tile, column = (_numbers(ends, q.device) for ends in (row_edges, key_edges))
+    found = known.new_zeros(*known.shape[:3], len(row_edges) - 1, len(key_edges) - 1)
+    block = max(1, LIMIT // (lse[:, :, 0].numel() * k.shape[2]))
+    for part in (slice(start, start + block) for start in range(0, q.shape[2], block)):
+        scores = _capped(rows[:, :, :, part] @ keys * scale, softcap) - known[:, :, :, part, None]
+        mask = visible(pattern, q_positions[:, part], k_positions)[:, :, None]
+        salient = (torch.exp(scores.masked_fill(~mask, -torch.inf)) * (grads[:, :, :, part] @ values)).abs()
+        pooled = salient.new_zeros(*salient.shape[:4], len(key_edges) - 1).index_add(4, column, salient)
+        found = found.index_add(3, tile[part], pooled)
+    return found.flatten(1, 2)
+
+
+def _capped(scores: Tensor, cap: float | None) -> Tensor:
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
+def _numbers(ends: Tensor, device: torch.device) -> Tensor:
+    """The tile of each thing between `ends`."""
+    return torch.arange(len(ends) - 1).repeat_interleave(ends.diff()).to(device)

@@ -130,23 +130,13 @@ def trace(
         raise RegardError("clean and corrupted prompts must have one shape and padding, on the left")
     masks = {name: _group(name, mask, real) for name, mask in groups.items()}
     answers = torch.as_tensor(answer, device=real.device).expand(len(real))
-    patches, called = Patches(parts), model
-    found, runs = [], list(product(range(len(parts)), range(decoder.layers), masks))
+    patches = Patches(parts)
     with torch.no_grad(), patches.on(decoder):
         patches.recording = True
-        whole = _answered(called, given, answers)
+        whole = _answered(model, given, answers)
         patches.recording = False
-        broken = _answered(called, noisy, answers)
-        for start in range(0, len(runs), batch):
-            some = runs[start : start + batch]
-            chosen = torch.zeros(len(some), len(parts), decoder.layers, dtype=torch.bool, device=real.device)
-            for i, (part, layer, _) in enumerate(some):
-                chosen[i, part, layer] = True
-            patches.chosen = chosen.repeat_interleave(len(real), 0)
-            patches.rows = torch.cat([masks[group] for _, _, group in some])
-            found.append(_answered(called, _repeated(noisy, len(some)), answers.repeat(len(some))))
-            if progress is not None:
-                progress(start + len(some), len(runs))
+        broken = _answered(model, noisy, answers)
+        found = _patched(model, patches, decoder.layers, noisy, answers, masks, batch, progress)
     lost = whole - broken
     used = lost >= LEAST
     if not bool(used.any()):
@@ -154,12 +144,31 @@ def trace(
             f"the corruption changes the probability of none of the {len(real)} answers by {LEAST:g}: they do not "
             "depend on what was changed"
         )
-    rates = (torch.cat(found).view(len(runs), -1) - broken)[:, used] / lost[used]
+    rates = (found - broken)[:, used] / lost[used]
     shape = (len(parts), decoder.layers, len(masks))
     kept = int(used.sum())
     return Recovery(
         rates.mean(1).view(shape), tuple(parts), tuple(masks), whole, broken, kept, len(real) - kept
     )  # fmt: skip
+
+
+def _patched(
+    model: Any, patches: Patches, layers: int, noisy: Mapping[str, Any], answers: Tensor, masks: Mapping[str, Tensor],
+    batch: int, progress: Callable[[int, int], None] | None,
+) -> Tensor:  # fmt: skip
+    """The answers' probabilities in every patched run, `[P * L * G, B]` float64."""
+    found, runs = [], list(product(range(len(patches.parts)), range(layers), masks))
+    for start in range(0, len(runs), batch):
+        some = runs[start : start + batch]
+        chosen = torch.zeros(len(some), len(patches.parts), layers, dtype=torch.bool, device=answers.device)
+        for i, (part, layer, _) in enumerate(some):
+            chosen[i, part, layer] = True
+        patches.chosen = chosen.repeat_interleave(len(answers), 0)
+        patches.rows = torch.cat([masks[group] for _, _, group in some])
+        found.append(_answered(model, _repeated(noisy, len(some)), answers.repeat(len(some))))
+        if progress is not None:
+            progress(start + len(some), len(runs))
+    return torch.cat(found).view(len(runs), -1)
 
 
 def noised(inputs: Mapping[str, Any], scale: float = 3.0, seed: int = 0) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from regard.kernels import device
 from regard.primitives.block_list import build
 
 SIZE = (128, 128)
-# Pairs of query and key from which lists pay, where torch would need a mask of all pairs (docs/log.md).
+# Pairs of query and key from which lists pay, where torch would need a mask of all pairs: a guess, which
+# benchmarks/cases/crossover.py measures.
 PAIRS = 2**18
 
 

@@ -73,8 +73,7 @@ def totals(
         seen = real[:, None, first : first + rows]
         known = torch.where(seen, lse, -torch.inf)
         call = {"tiles": tiles, "scale": scale, "first": first, "window": window, "entropy": entropy}
-        mass, spread = kernel.totals(q, k, known, **call)
-        return torch.where(real[:, None, None], mass, 0.0), spread
+        return kernel.totals(q, k, known, real=real.expand(len(q), -1), **call)
     arrivals = torch.where(real, torch.arange(real.shape[1], device=real.device), -1)
     pattern = Pattern.causal() if window is None else Pattern.window(window)
     places = {"q_positions": arrivals[:, first : first + rows], "k_positions": arrivals}

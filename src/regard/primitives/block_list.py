@@ -110,7 +110,9 @@ class BlockList:
         used = torch.arange(self.index.shape[-1], device=device) < self.count[..., None]
         shape = (*self.count.shape, key_blocks + 1)
         table = torch.zeros(shape, dtype=torch.bool, device=device)
-        table = table.scatter_(-1, torch.where(used, self.index, key_blocks).long(), True)[..., :key_blocks].mT
+        table = table.scatter_(-1, torch.where(used, self.index, key_blocks).long(), True)
+        # Kernels read what is made of it line by line.
+        table = table[..., :key_blocks].mT.contiguous()
         rows = torch.arange(row_blocks, dtype=torch.int32, device=device)
         index = torch.where(table, rows, row_blocks).sort(-1).values
         count = table.sum(-1, dtype=torch.int32)

@@ -123,6 +123,11 @@ class Shown:
     live: tuple[Tensor, Tensor]
     positions: Tensor | None
 
+    @property
+    def size(self) -> int:
+        """Keys that it shows."""
+        return self.key_fields[0].shape[2]
+
     def attend(
         self,
         q: Tensor,
@@ -139,7 +144,8 @@ class Shown:
             read = self._read_codes(q, pattern, step, scale)
             if read is not None:
                 return read
-        positions = self.positions if index is None else self._places(step, q.device)
+        # Some rows of a forward are not the last of what is held.
+        positions = self.positions if index is None and step.rows is None else self._places(step, q.device)
         k = self._held(self.key_fields, self.key_codec, self.live[0], q.dtype, index)
         v = self._held(self.value_fields, self.value_codec, self.live[1], q.dtype, index)
         if index is not None:
@@ -205,7 +211,7 @@ class Shown:
                 call |= {"pattern": None, "causal": False}
             found = [self.run(some, *self._picked(lists, q.dtype, count), **call)] if n else []
             if own is not None:
-                first = self.key_fields[0].shape[2] - self.live[0].shape[2] + own.start
+                first = self.size - self.live[0].shape[2] + own.start
                 mine = torch.arange(first + rows.start, first + rows.stop, device=q.device)[None]
                 found.append(self.run(some, *self._picked(mine, q.dtype, count), scale=scale, softcap=softcap))
             parts.append(unfold(merge(found)[0], count))
@@ -226,7 +232,7 @@ class Shown:
     def _places(self, step: Step, device: torch.device) -> Tensor:
         if self.positions is not None:
             return self.positions
-        return torch.arange(step.stop - self.key_fields[0].shape[2], step.stop, device=device)[None]
+        return torch.arange(step.stop - self.size, step.stop, device=device)[None]
 
     def _held(
         self, fields: Fields, codec: Codec | None, live: Tensor, dtype: torch.dtype, index: Tensor | None

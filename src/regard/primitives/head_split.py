@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
@@ -123,13 +124,42 @@ class SplitView:
     ):
         self.heads, self.views, self.parts = heads, views, parts
 
-    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
-        """Refused: groups of heads hold different keys.
+    @property
+    def size(self) -> int:
+        """Keys that it shows: as many as the fullest group."""
+        return max(view.size for view in self.views)
 
-        Raises:
-            RegardError: always.
+    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """`q` and the keys `[B, Hk, S, D]` in one basis a head, positions `[1|B, Hk, S]`.
+
+        Heads that hold fewer keys than others have zeros at the end, at position -1.
         """
-        raise RegardError(f"heads hold different keys, in groups {self.heads}; there is no one list of them")
+        shown = [view.keys(mine, step) for mine, view in zip(self._queries(q), self.views, strict=True)]
+        size = max(key.shape[2] for _, key, _ in shown)
+        batch = max(len(positions) for *_, positions in shown)
+        keys, places = [], []
+        for heads, (_, key, positions) in zip(self.heads, shown, strict=True):
+            lack = size - key.shape[2]
+            keys.append(pad(key, (0, 0, 0, lack)))
+            places.append(pad(positions, (0, lack), value=-1)[:, None].expand(batch, len(heads), -1))
+        order = [head for heads in self.heads for head in heads]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        query = self._restored([query for query, *_ in shown])
+        return query, take(torch.cat(keys, 1), back), take(torch.cat(places, 1), back)
+
+    def _mine(self, group: int) -> list[tuple[int, ...]]:
+        """The query heads of each group of KV heads, `group` for every KV head."""
+        return [tuple(head * group + i for head in heads for i in range(group)) for heads in self.heads]
+
+    def _queries(self, q: Tensor) -> list[Tensor]:
+        """Each group's heads of `q [B, H, T, D]`."""
+        return [take(q, mine) for mine in self._mine(q.shape[1] // sum(map(len, self.heads)))]
+
+    def _restored(self, parts: Sequence[Tensor]) -> Tensor:
+        """What groups made for their query heads, `[B, *, ...]` each, in the order of heads."""
+        x = torch.cat(list(parts), dim=1)
+        order = [head for mine in self._mine(x.shape[1] // sum(map(len, self.heads))) for head in mine]
+        return take(x, sorted(range(len(order)), key=order.__getitem__))
 
     def attend_blocks(
         self,
@@ -142,12 +172,15 @@ class SplitView:
         scale: float,
         softcap: float | None = None,
     ) -> Tensor:
-        """Refused as `keys` is.
+        """Refused: groups of heads hold different keys.
 
         Raises:
             RegardError: always.
         """
-        return self.keys(q, step)[0]
+        raise self._no_list()
+
+    def _no_list(self) -> RegardError:
+        return RegardError(f"heads hold different keys, in groups {self.heads}; there is no one list of them")
 
     def attend(
         self,
@@ -163,21 +196,22 @@ class SplitView:
         """Attention of `q [B, H, T, D]`, `Hk` dividing `H`: `(out [B, H, T, Dv], lse [B, H, T])`.
 
         Raises:
-            RegardError: `index` or `bias` is given, which speak of one list of keys.
+            RegardError: `index` is given, which speaks of one list of keys.
         """
-        if index is not None or bias is not None:
-            self.keys(q, step)
-        group = q.shape[1] // sum(map(len, self.heads))
-        outs, lses, order = [], [], ()
-        for heads, view, part in zip(self.heads, self.views, self.parts(pattern), strict=True):
-            mine = tuple(head * group + i for head in heads for i in range(group))
-            out, lse = view.attend(take(q, mine), pattern=part, step=step, scale=scale, softcap=softcap)
+        if index is not None:
+            raise self._no_list()
+        outs, lses = [], []
+        mine = self._mine(q.shape[1] // sum(map(len, self.heads)))
+        for heads, view, part in zip(mine, self.views, self.parts(pattern), strict=True):
+            own = None
+            if bias is not None:
+                own = bias if bias.shape[1] == 1 else take(bias, heads)
+                own = own[..., : view.size]
+            call = {"pattern": part, "step": step, "scale": scale, "softcap": softcap, "bias": own}
+            out, lse = view.attend(take(q, heads), **call)
             outs.append(out)
             lses.append(lse)
-            order += mine
-        out, lse = torch.cat(outs, dim=1), torch.cat(lses, dim=1)
-        back = tuple(sorted(range(len(order)), key=order.__getitem__))
-        return take(out, back), take(lse, back)
+        return self._restored(outs), self._restored(lses)
 
 
 def take(x: Tensor, heads: Sequence[int]) -> Tensor:

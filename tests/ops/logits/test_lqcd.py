@@ -59,8 +59,8 @@ def test_given_names_the_prompt_that_the_model_reads():
     plain = {"alpha": 1.0, "beta": 0.1, "cue": CUE, "tail": 0}
     neutral = lqcd.contrast(WHERE, given="neutral", **plain)
     leading = lqcd.contrast(WHERE, given="leading", **plain)
-    assert torch.equal(neutral.combine(main, other), lqcd.combined(main, other, 1.0, 0.1))
-    assert torch.equal(leading.combine(main, other), lqcd.combined(other, main, 1.0, 0.1))
+    assert torch.equal(neutral.combine([main, other]), lqcd.combined(main, other, 1.0, 0.1))
+    assert torch.equal(leading.combine([main, other]), lqcd.combined(other, main, 1.0, 0.1))
 
 
 def test_alpha_zero_is_neutral():

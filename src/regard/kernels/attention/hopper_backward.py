@@ -35,6 +35,20 @@ def add_shared_to_global(descriptor, coordinates, tile, _semantic: Any = None):
 
 
 @gluon.jit
+def work_of(tile, tiles, columns, heads):
+    """Block of keys, key head and batch row.
+
+    The first keys come first, of all heads: as sinks every row sees them, and begun late they would end last.
+    """
+    lists = tiles // columns
+    rest = tile - lists
+    first = tile < lists
+    column = gl.where(first, 0, 1 + rest % gl.maximum(columns - 1, 1))
+    which = gl.where(first, tile, rest // gl.maximum(columns - 1, 1))
+    return column, which % heads, which // heads
+
+
+@gluon.jit
 def copy(
     q_desc, k_desc, v_desc, dout_desc, rows_desc, q_tiles, k_tiles, v_tiles, dout_tiles, row_tiles,
     kv_full, kv_empty, q_full, q_empty, dout_full, dout_empty, COUNT, INDEX,
@@ -45,9 +59,7 @@ def copy(
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        column = tile % columns
-        head = (tile // columns) % heads
-        batch = tile // columns // heads
+        column, head, batch = work_of(tile, tiles, columns, heads)
         mbarrier.wait(kv_empty.index(0), (turn & 1) ^ 1)
         mbarrier.expect(kv_full.index(0), 2 * k_desc.block_type.nbytes)
         tma.async_copy_global_to_shared(k_desc, [batch, head, column * N, 0], kv_full.index(0), k_tiles.index(0))
@@ -206,9 +218,7 @@ def gradients_of_half(
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        column = tile % columns
-        head = (tile // columns) % heads
-        batch = tile // columns // heads
+        column, head, batch = work_of(tile, tiles, columns, heads)
         dk = gl.zeros([64, DIM], gl.float32, SUMS)
         dv = gl.zeros([64, DIM], gl.float32, SUMS)
         mbarrier.wait(kv_full.index(0), turn & 1)

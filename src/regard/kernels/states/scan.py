@@ -57,6 +57,9 @@ def refuses(
             return f"the kernels take {name} of {', '.join(map(str, SIZES))}, got {size}"
     if q.shape[3] == 256 and (v.shape[3] < 64 or q.dtype == torch.float32):
         return f"with D = 256 the kernels need Dv of at least 64 and 16-bit inputs, got {v.shape[3]} and {q.dtype}"
+    if q.shape[3] == 128 and v.shape[3] < 64 and q.dtype == torch.float32:
+        # One stage of loads and less than 64 columns: Triton 3.6 compiles such states wrongly for Hopper (docs/log.md).
+        return f"with D = 128 in float32 the kernels need Dv of at least 64, got {v.shape[3]}"
     if delta and q.shape[3] == 16 and q.dtype != torch.float32 and decay is not None and decay.dim() == 4:
         # On Hopper, Triton 3.6 compiles the triangle of chunks wrongly there (docs/log.md); right from D = 32 on.
         return f"with the delta rule and decay by channel the kernels take D of 16 in float32 only, got {q.dtype}"

@@ -1,1 +1,1 @@
-"""Site `logits`: a second branch with another prompt, fed the same tokens. Verb `contrast`, returns `Contrast`."""
+"""Site `logits`: branches with another prompt, other images or weights. Verb `contrast`, returns `Contrast`."""

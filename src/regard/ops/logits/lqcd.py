@@ -1,6 +1,6 @@
 """Leading-query contrastive decoding: what a leading cue adds to the logits is taken away again."""
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,8 @@ from torch import Tensor
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
 from regard.core.placement import Where
-from regard.core.slots import Contrast
+from regard.core.slots import BranchSpec, Contrast
+from regard.ops.branching import packed, weighted
 
 CARD = Card(
     title="Towards Analyzing and Mitigating Sycophancy in Large Vision-Language Models",
@@ -21,7 +22,7 @@ CARD = Card(
     departures=(
         "The paper's code is not public: alpha 1, the cut and its beta 0.1 follow visual contrastive decoding.",
         "Prompts are token ids; a cue is inserted or taken out as ids, never by rewriting text.",
-        "Prompts with images are refused: both branches read text alone.",
+        "Both branches see the same images.",
     ),
     oracles=(
         "without the cut, log-probabilities are those of transformers' guidance processor at scale 1 + alpha",
@@ -72,11 +73,11 @@ def contrast(
             return remove(ids, mask, cue)
         return insert(ids, mask, cue, tail)
 
-    def combine(logits: Tensor, other: Tensor) -> Tensor:
-        neutral, leading = (logits, other) if given == "neutral" else (other, logits)
+    def combine(z: Sequence[Tensor]) -> Tensor:
+        neutral, leading = z if given == "neutral" else reversed(z)
         return combined(neutral, leading, alpha, beta)
 
-    return Contrast("lqcd", branch, combine)
+    return Contrast("lqcd", combine, (BranchSpec(prompt=branch),))
 
 
 def combined(neutral: Tensor, leading: Tensor, alpha: float, beta: float) -> Tensor:
@@ -84,11 +85,7 @@ def combined(neutral: Tensor, leading: Tensor, alpha: float, beta: float) -> Ten
 
     The cut keeps what the neutral prompt finds plausible: `neutral >= max(neutral) + log(beta)`.
     """
-    z = neutral if neutral.dtype == torch.float64 else neutral.float()
-    out = (1 + alpha) * z - alpha * leading.to(z.dtype)
-    if beta > 0:
-        out = out.masked_fill(z < z.amax(-1, keepdim=True) + math.log(beta), -torch.inf)
-    return out.to(neutral.dtype)
+    return weighted((neutral, leading), (1 + alpha, -alpha), beta)
 
 
 def insert(ids: Tensor, mask: Tensor, cue: tuple[int, ...], tail: int) -> tuple[Tensor, Tensor]:
@@ -111,10 +108,7 @@ def insert(ids: Tensor, mask: Tensor, cue: tuple[int, ...], tail: int) -> tuple[
 def remove(ids: Tensor, mask: Tensor, cue: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """`ids`, `mask [B, N]` without the last `cue` of each row, padded on the left; a row without it stays."""
     kept = mask.bool() & ~torch.stack([_last(row, real, cue) for row, real in zip(ids, mask.bool(), strict=True)])
-    counts = kept.sum(1)
-    longest = int(counts.max())
-    real = torch.arange(longest, device=ids.device) >= (longest - counts)[:, None]
-    return ids.new_zeros(real.shape).masked_scatter(real, ids[kept]), real.to(mask.dtype)
+    return packed(ids, kept)
 
 
 def _last(row: Tensor, real: Tensor, cue: tuple[int, ...]) -> Tensor:

@@ -110,9 +110,7 @@ def segments(reading: Reading, *, chosen: Tensor, theta: float, relative: float 
     if relative is not None:
         bound = (relative / (positions[:, -1:] + 1)).to(mass)[:, None]
     found = (mass / rows.clamp(min=1) > bound) & (positions != 0)[:, None] & chosen.to(mass.device)[:, None]
-    at = reading.arrivals
-    inside = (reading.positions >= 0) & (at < width)
-    held = found.gather(2, at.clamp(0, width - 1)[:, None].expand(*found.shape[:2], -1)) & inside[:, None]
+    held = reading.held(found, False)
     return held[:, :, None].long() if bool(held.any()) else None
 
 
@@ -156,4 +154,4 @@ def _count(reading: Reading) -> None:
         total = new.new_zeros(*new.shape[:2], stop)
         if name in state:
             total[..., :held] = state[name]
-        state[name] = total.scatter_add_(2, at[:, None].expand(*new.shape[:2], -1), new)
+        state[name] = total.scatter_add_(2, at.expand(*new.shape[:2], -1), new)

@@ -27,9 +27,10 @@ def peaks(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
     for dim in dims or ():
         if not 0 <= dim < x.shape[-1]:
             raise RegardError(f"dimension {dim} is out of range; the hidden state has {x.shape[-1]}")
-    exact = x.double() if x.dtype == torch.float64 else x.float()
-    some = exact if dims is None else exact[..., list(dims)]
-    return some.abs().amax(-1) / exact.square().mean(-1).add(EPS).sqrt()
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    some = x if dims is None else x[..., list(dims)]
+    square = torch.linalg.vector_norm(x, dim=-1, dtype=exact).square() / x.shape[-1]
+    return torch.linalg.vector_norm(some, torch.inf, dim=-1, dtype=exact) / (square + EPS).sqrt()
 
 
 def massive(x: Tensor, dims: Sequence[int] | None = None, tau: float = TAU) -> Tensor:

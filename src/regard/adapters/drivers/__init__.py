@@ -1,0 +1,1 @@
+"""Ways of generating that no mechanism can express, because they run backward between tokens."""
