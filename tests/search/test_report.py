@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from regard.search.report import embed, render
+from regard.core.pages import embed
+from regard.search.report import render
 from regard.search.study import search
 from search.fakes import CALIBRATION, LAYERS, SMALL, Fake, Letters, tiny_model, tiny_text
 

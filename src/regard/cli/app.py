@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from regard.cli import apply, measure, mechanisms, search, train
+from regard.cli import apply, look, measure, mechanisms, search, steer, train
 from regard.cli.output import fail
 from regard.core.errors import RegardError
 
@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (mechanisms, search, measure, apply, train):
+for group in (mechanisms, search, measure, apply, look, steer, train):
     group.register(app)
 
 

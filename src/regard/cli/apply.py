@@ -8,11 +8,9 @@ import typer
 
 from regard.cli.common import Device, Dtype, Model, RecipeFile, TextFile, open_model
 from regard.cli.output import Json, note, print_json, print_table
+from regard.cli.prompts import Length, Prompt, Raw, text_inputs, with_text
 from regard.core.errors import RegardError
 
-Prompt = Annotated[str, typer.Option(help="What to say to the model.")]
-Length = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to generate at most.")]
-Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
 Sample = Annotated[bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")]
 
 AnyRecipe = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="A recipe.yaml.", dir_okay=False)]
@@ -49,7 +47,7 @@ def run(
 
     placed = regard.Recipe.load(recipe)
     network, tokenizer = open_model(model, device, dtype)
-    inputs = _inputs(tokenizer, _with_text(text, prompt), raw).to(network.device)
+    inputs = text_inputs(tokenizer, with_text(text, prompt), raw).to(network.device)
     length = inputs["input_ids"].shape[1]
     with regard.attach(network, placed):
         start = time.perf_counter()
@@ -145,19 +143,3 @@ def _explain_mechanisms(model: str, names: list[str], device: str | None, dtype:
         print_table(("at their defaults", "can stand", "why not"), rows)
     if any(answers.values()):
         raise typer.Exit(1)
-
-
-def _with_text(path: Path | None, prompt: str) -> str:
-    from regard.measure.text import load
-
-    return f"{load(path).rstrip()}\n\n{prompt}" if path else prompt
-
-
-def _inputs(tokenizer: Any, prompt: str, raw: bool) -> Any:
-    """Token ids and mask of `prompt`, inside the model's chat template if it has one."""
-    if not prompt.strip():
-        raise RegardError("the prompt is empty")
-    if raw or not getattr(tokenizer, "chat_template", None):
-        return tokenizer(prompt, return_tensors="pt")
-    messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -35,14 +35,37 @@ def load(name: str, dtype: torch.dtype | None = None, device: str | torch.device
         RegardError: there is no such model, or it cannot be loaded.
     """
     if name in (DEMO, SHAPES):
-        folder = demo_folder() if name == DEMO else FOLDER
         dtype = dtype or torch.float32
-    else:
-        folder = _locate(name)
-    model, tokenizer = _from_transformers(folder, dtype)
+    model, tokenizer = _from_transformers(_folder(name), dtype)
     if device is not None:
         model.to(device)
     return model.eval(), tokenizer
+
+
+def load_processor(name: str) -> Any:
+    """What makes the inputs of the vision-language model called `name` from texts and images.
+
+    Raises:
+        RegardError: there is none, or it cannot be loaded; pillow is not installed.
+    """
+    need("PIL")
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(_folder(name))
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise RegardError(f"no processor of images in {name!r}: {_first_line(error)}") from error
+
+
+def name_of(model: Any) -> str:
+    """A name for people: the hub name, or the last part of a folder (the rest says where, not what)."""
+    written = str(getattr(model, "name_or_path", "") or type(model).__name__)
+    path = Path(written)
+    if path.parent == cache_folder():
+        return "SmolLM2-135M-Instruct"  # the demo model, converted once and kept there
+    if path == FOLDER:
+        return SHAPES
+    return path.name if path.is_absolute() or path.exists() else written
 
 
 def demo_text() -> str:
@@ -115,6 +138,12 @@ def _convert(source: Path, target: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _folder(name: str) -> Path | str:
+    if name == SHAPES:
+        return FOLDER
+    return demo_folder() if name == DEMO else _locate(name)
+
+
 def _locate(name: str) -> Path | str:
     """The folder `name`, or `name` itself where it can only be a hub name."""
     folder = Path(name).expanduser()
@@ -139,6 +168,11 @@ def _from_transformers(source: Path | str, dtype: torch.dtype | None) -> tuple[A
         model = kind.from_pretrained(source, config=config, dtype=dtype or "auto")
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RegardError(f"cannot load {str(source)!r} (a folder, a hub name, or 'demo'): {why}") from error
+        raise RegardError(
+            f"cannot load {str(source)!r} (a folder, a hub name, 'demo' or 'shapes'): {_first_line(error)}"
+        ) from error
     return model, tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -32,21 +32,12 @@ def machine(model: Any) -> dict[str, Any]:
 def model_facts(model: Any) -> dict[str, Any]:
     """Which model this is, as JSON; `digest` covers its config and a sample of every weight."""
     return {
-        "name": _name(model),
+        "name": pretrained.name_of(model),
         "class": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "digest": model_digest(model),
     }
-
-
-def _name(model: Any) -> str:
-    """A name for people: the hub name, or the last part of a folder (the rest says where, not what)."""
-    written = str(getattr(model, "name_or_path", "") or type(model).__name__)
-    path = Path(written)
-    if path.parent == pretrained.cache_folder():
-        return "SmolLM2-135M-Instruct"  # the demo model, converted once and kept there
-    return path.name if path.is_absolute() or path.exists() else written
 
 
 def model_digest(model: Any) -> str:
