@@ -39,9 +39,9 @@ test-newest: $(STAMP)-test chromium
 test-floor: .venv-floor/.stamp
 	$(TEST_ENV) $(FLOOR)/python $(PYTEST) -m "not long" $(wildcard tests/adapters tests/contracts tests/models)
 
-# Every way of generating on the families that `test` leaves out, on both versions.
+# What `test` leaves out: every way of generating on other families, on both versions, and other seeds.
 test-long: $(STAMP)-test .venv-floor/.stamp
-	$(TEST_ENV) $(BIN)/python $(PYTEST) -m long tests/contracts
+	$(TEST_ENV) $(BIN)/python $(PYTEST) -m long tests
 	$(TEST_ENV) $(FLOOR)/python $(PYTEST) -m long tests/contracts
 
 lint: $(STAMP)-lint

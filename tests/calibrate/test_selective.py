@@ -134,7 +134,7 @@ def accuracy(model, ids):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))])
 def test_retrieval_learnt_at_64_tokens_holds_at_512(seed):
     """Also the fit sees 64 tokens and no more; how much of it is growth with log n, not sharpness, is not told here."""
     model, drawn = trained(seed), torch.Generator().manual_seed(10)
