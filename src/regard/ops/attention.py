@@ -6,7 +6,8 @@ pattern opens (`ops/blocks.py`), and `decode` reads every key once for few queri
 never falls back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +19,11 @@ from regard.core.pattern import Pattern
 from regard.core.reach import FOR_EVER
 from regard.core.rules import Causal, Rule, covers
 from regard.core.shapes import group_size
+from regard.core.two_sided import TwoSided, checked
 from regard.kernels import device
 from regard.ops import blocks
 from regard.ops import decode as decoding
+from regard.ops.two_sided import joined
 from regard.primitives.merge import merge
 from regard.primitives.reference import reference
 from regard.primitives.sdpa import fused, refuses
@@ -123,6 +126,7 @@ def attend(
     softcap: float | None = None,
     q_positions: Tensor | None = None,
     k_positions: Tensor | None = None,
+    two_sided: Sequence[tuple[int, int, int]] = (),
     empty: str = "zero",
     backend: str = "auto",
 ) -> Part:
@@ -132,16 +136,16 @@ def attend(
         q: `[B, H, T, D]`.
         k: `[B, Hk, S, D]`, `Hk` dividing `H`.
         v: `[B, Hk, S, Dv]`.
-        pattern: who sees whom, by position; its heads are KV heads; a two-sided one is not cut at the query's own
-            position. None: causal, or full if not `causal`.
+        pattern: who sees whom, by position; its heads are KV heads. None: causal, or full if not `causal`.
         bias: broadcastable to `[B, H, T, S]`, added to the scaled (and capped) scores.
-        causal: False with no pattern is full attention, which `Pattern.full()` is too; other patterns say themselves
-            whether they are cut.
+        causal: False with no pattern is full attention; patterns say themselves whether they are cut.
         scale: of the scores; None: `D ** -0.5`.
         softcap: `s` becomes `softcap * tanh(s / softcap)` before the bias.
         q_positions: integer `[1|B, T]`; None: the last `T` of `0..S-1`, so the last query sees the last key.
         k_positions: integer `[1|B, S]` or `[1|B, Hk, S]`, in any order; None: `0..S-1`. Negative ones are
             padding: such keys are not seen, such queries are empty rows.
+        two_sided: spans `(row, start, stop)`: queries at `start..stop - 1` of a batch row also see the keys after them
+            up to `stop - 1`; the pattern goes on deciding what lies behind them.
         empty: a row that sees nothing gives out 0 and lse -inf ("zero"), or an error ("raise").
         backend: one of `BACKENDS`.
 
@@ -149,28 +153,41 @@ def attend(
         out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` in float32 (float64 for float64); both have gradients.
 
     Raises:
-        RegardError: shapes or head counts disagree, a named backend refuses, or a row is empty under "raise".
+        RegardError: shapes, head counts or spans disagree, a named backend refuses, or a row is empty under "raise".
     """
-    if empty not in ("zero", "raise"):
-        one_of("choice for empty rows", empty, ("zero", "raise"))
-    _check(q, k, v, pattern, bias, causal, q_positions, k_positions)
+    _check(q, k, v, pattern, bias, causal, q_positions, k_positions, empty)
     aligned = q_positions is None and k_positions is None
+    spans = _spans(two_sided, q, k.shape[2] if aligned else None, pattern, causal) if two_sided else ()
     name, _ = choose(q, k, v, pattern=pattern, bias=bias, softcap=softcap, aligned=aligned, backend=backend)
     if pattern is None and causal:
         pattern = Pattern.causal()
     elif pattern is not None and pattern.is_full:
         pattern = None
     call = {"scale": q.shape[-1] ** -0.5 if scale is None else scale, "softcap": softcap}
+    places = {"q_positions": q_positions, "k_positions": k_positions}
     if backend == "reference" or 0 in (*q.shape, k.shape[2]):
-        mask = visible(pattern, *_positions(q, k, pattern, q_positions, k_positions))
-        out, lse = reference(q, k, v, mask=mask, bias=bias, **call)
-    elif name in RUNS:
-        out, lse = RUNS[name](q, k, v, pattern=pattern, q_positions=q_positions, k_positions=k_positions, **call)
+        out, lse = reference(q, k, v, mask=_mask(q, k, pattern, spans, places), bias=bias, **call)
     else:
-        out, lse = _run(name, q, k, v, pattern, q_positions, k_positions, bias, call)
+        out, lse = _run(name, q, k, v, pattern, bias, places, call)
+        if spans:
+            out, lse = joined(partial(attend, backend=backend, **call), q, k, v, (out, lse), spans, bias, **places)
     if empty == "raise":
         raise_if_empty(lse)
     return out, lse
+
+
+def _spans(
+    two_sided: Sequence[tuple[int, int, int]], q: Tensor, keys: int | None, pattern: Pattern | None, causal: bool
+) -> tuple[TwoSided, ...]:
+    """The spans in order, where there is a causal cut for them to lift; None: `keys` have positions of their own."""
+    if not (causal if pattern is None else pattern.cut):
+        told = "full attention" if pattern is None else f"{pattern!r}, which is two-sided itself"
+        raise RegardError(f"two-sided spans lift the causal cut, and there is none in {told}")
+    spans = checked(two_sided, q.shape[0])
+    for span in spans:
+        if keys is not None and span.stop > keys:
+            raise RegardError(f"{span} ends behind the last of {keys} keys")
+    return spans
 
 
 def _run(
@@ -179,13 +196,14 @@ def _run(
     k: Tensor,
     v: Tensor,
     pattern: Pattern | None,
-    q_positions: Tensor | None,
-    k_positions: Tensor | None,
     bias: Tensor | None,
+    places: dict[str, Tensor | None],
     call: dict[str, Any],
 ) -> Part:
     """The least work that is exact."""
-    aligned = q_positions is None and k_positions is None
+    if name in RUNS:
+        return RUNS[name](q, k, v, pattern=pattern, **places, **call)
+    aligned = all(place is None for place in places.values())
     if aligned and name == "sdpa" and pattern is not None and pattern.cut:
         rules = tuple(Causal() if covers(rule, k.shape[2]) else rule for rule in pattern.rules)
         pattern = Pattern(rules, pattern.heads)
@@ -194,10 +212,18 @@ def _run(
         plain = _plain(q, k, v, pattern, call)
         if plain is not None:
             return plain
-    q_pos, k_pos = _positions(q, k, pattern, q_positions, k_positions)
+    q_pos, k_pos = _positions(q, k, pattern, **places)
     if pattern is None:
         return _group(name, q, k, v, None, q_pos, k_pos, bias, aligned, call)
     return _by_heads(name, q, k, v, pattern, q_pos, k_pos, bias, aligned, call)
+
+
+def _mask(
+    q: Tensor, k: Tensor, pattern: Pattern | None, spans: Sequence[TwoSided], places: dict[str, Tensor | None]
+) -> Tensor:
+    """Every pair at once, for the definition."""
+    at, k_pos = _positions(q, k, pattern, **places)
+    return visible(pattern, at.expand(q.shape[0], -1) if spans else at, k_pos, spans)
 
 
 def _positions(
@@ -228,8 +254,11 @@ def _check(
     causal: bool,
     q_positions: Tensor | None,
     k_positions: Tensor | None,
+    empty: str,
 ) -> None:
     """Raise RegardError for arguments that do not belong together."""
+    if empty not in ("zero", "raise"):
+        one_of("choice for empty rows", empty, ("zero", "raise"))
     four = q.dim() == k.dim() == v.dim() == 4
     if not (four and q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):
         raise RegardError(

@@ -1,6 +1,6 @@
 """What each key is given by all rows together: sums over queries, where attention sums over keys."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.shapes import group_size
+from regard.core.two_sided import TwoSided
 from regard.primitives.sweep import LIMIT, visible
 
 # Queries a block: enough to feed a GEMM, few enough that keys after the block are mostly left out.
@@ -24,6 +25,7 @@ def column_mass(
     k_positions: Tensor,
     scale: float,
     softcap: float | None = None,
+    two_sided: Sequence[TwoSided] = (),
 ) -> Tensor:
     """`sum_i exp(s_ij - lse_i)` over the rows i that see key j: the probability that a key gets, summed over rows.
 
@@ -38,6 +40,7 @@ def column_mass(
         k_positions: `[1|B, S]` or `[1|B, Hk, S]`.
         scale: of the scores.
         softcap: of the scores.
+        two_sided: spans that see later tokens too; `q_positions` are `[B, T]` then.
 
     Returns:
         `[B, H, S]`, float32 (float64 for float64).
@@ -47,7 +50,7 @@ def column_mass(
     """
     edges = torch.tensor([0, q.shape[2]])
     call = {"pattern": pattern, "q_positions": q_positions, "k_positions": k_positions, "scale": scale}
-    return tile_mass(q, k, lse, edges=edges, softcap=softcap, **call)[0][:, :, 0]
+    return tile_mass(q, k, lse, edges=edges, softcap=softcap, two_sided=two_sided, **call)[0][:, :, 0]
 
 
 def tile_mass(
@@ -61,6 +64,7 @@ def tile_mass(
     k_positions: Tensor,
     scale: float,
     softcap: float | None = None,
+    two_sided: Sequence[TwoSided] = (),
 ) -> tuple[Tensor, Tensor]:
     """`column_mass` of every tile of rows, and the entropy of its rows; rows are computed in blocks, differentiable.
 
@@ -74,6 +78,7 @@ def tile_mass(
         k_positions: `[1|B, S]` or `[1|B, Hk, S]`.
         scale: of the scores.
         softcap: of the scores.
+        two_sided: as `column_mass` takes them.
 
     Returns:
         `[B, H, R, S]`: probabilities that the keys get, summed over the tile's rows; `[B, H, R]`: `-sum p log p` of
@@ -92,7 +97,7 @@ def tile_mass(
     tile = torch.searchsorted(edges[1:].contiguous(), torch.arange(q.shape[2]), right=True).to(q.device)
     mass = torch.zeros(batch, kv_heads, group, tiles, k.shape[2], dtype=exact, device=q.device)
     entropy = mass.new_zeros(mass.shape[:4])
-    for rows, mask in _blocks(pattern, q_positions, k_positions, q.shape[0] * q.shape[1]):
+    for rows, mask in _blocks(pattern, q_positions, k_positions, two_sided, q.shape[0] * q.shape[1]):
         seen = mask.flatten(0, 2).any(0).nonzero()[:, 0]
         some = k.index_select(2, seen).to(exact)
         scores = torch.einsum("bhgtd,bhsd->bhgts", grouped[:, :, :, rows], some) * scale
@@ -109,22 +114,24 @@ def tile_mass(
     return mass.flatten(1, 2), entropy.flatten(1, 2)
 
 
-def column_rows(pattern: Pattern | None, q_positions: Tensor, k_positions: Tensor) -> Tensor:
-    """How many rows see each key: `[1|B, 1|Hk, S]` int64, for positions as `column_mass` takes them."""
+def column_rows(
+    pattern: Pattern | None, q_positions: Tensor, k_positions: Tensor, two_sided: Sequence[TwoSided] = ()
+) -> Tensor:
+    """How many rows see each key: `[1|B, 1|Hk, S]` int64, for positions and spans as `column_mass` takes them."""
     heads = max(k_positions.shape[1] if k_positions.dim() == 3 else 1, (pattern and pattern.heads) or 1)
     batch = max(q_positions.shape[0], k_positions.shape[0])
     counted = torch.zeros(batch, heads, k_positions.shape[-1], dtype=torch.long, device=k_positions.device)
-    for _, mask in _blocks(pattern, q_positions, k_positions, batch * heads):
+    for _, mask in _blocks(pattern, q_positions, k_positions, two_sided, batch * heads):
         counted = counted + mask.sum(2)
     return counted
 
 
 def _blocks(
-    pattern: Pattern | None, q_positions: Tensor, k_positions: Tensor, width: int
+    pattern: Pattern | None, q_positions: Tensor, k_positions: Tensor, two_sided: Sequence[TwoSided], width: int
 ) -> Iterator[tuple[slice, Tensor]]:
     """Rows in blocks with the mask `[1|B, 1|Hk, t, S]` of each, so that `width * t * S` stays below the limit."""
     rows, keys = q_positions.shape[1], max(k_positions.shape[-1], 1)
     block = max(1, min(BLOCK, LIMIT // (width * keys)))
     for start in range(0, rows, block):
         part = slice(start, min(start + block, rows))
-        yield part, visible(pattern, q_positions[:, part], k_positions)
+        yield part, visible(pattern, q_positions[:, part], k_positions, two_sided)

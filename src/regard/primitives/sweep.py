@@ -1,12 +1,13 @@
 """Run a kernel over a pattern block by block of queries, on only the keys the block can reach."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from regard.core.pattern import Pattern
 from regard.core.reach import FOR_EVER, Reach
+from regard.core.two_sided import TwoSided, later
 
 Part = tuple[Tensor, Tensor]
 Kernel = Callable[..., Part]
@@ -140,9 +141,13 @@ def _rows(bias: Tensor, start: int, stop: int) -> Tensor:
     return bias if bias.dim() < 2 or bias.shape[-2] == 1 else bias[..., start:stop, :]
 
 
-def visible(pattern: Pattern | None, at: Tensor, k_pos: Tensor) -> Tensor:
-    """`pattern.allow`, where None allows every real query every real key: bool `[1|B, 1|Hk, T, S]`."""
-    if pattern is not None:
-        return pattern.allow(at, k_pos)
-    k = (k_pos if k_pos.dim() == 3 else k_pos[:, None])[:, :, None]
-    return (at[:, None, :, None] >= 0) & (k >= 0)
+def visible(pattern: Pattern | None, at: Tensor, k_pos: Tensor, two_sided: Sequence[TwoSided] = ()) -> Tensor:
+    """`pattern.allow`, where None allows every real query every real key: bool `[1|B, 1|Hk, T, S]`.
+
+    With spans `at` is `[B, T]`, and so is what is returned.
+    """
+    if pattern is None:
+        k = (k_pos if k_pos.dim() == 3 else k_pos[:, None])[:, :, None]
+        return (at[:, None, :, None] >= 0) & (k >= 0)
+    seen = pattern.allow(at, k_pos)
+    return seen | later(two_sided, at, k_pos) if two_sided else seen
