@@ -143,15 +143,28 @@ def smolvlm() -> Made:
     return _idefics(tf.SmolVLMForConditionalGeneration, tf.SmolVLMConfig, tf.SmolVLMVisionConfig)
 
 
-def paligemma() -> Made:
+def _paligemma(text: Any) -> Any:
     config = tf.PaliGemmaConfig(
-        vision_config=tf.SiglipVisionConfig(**_VISION, vision_use_head=False),
-        text_config=tf.GemmaConfig(**_TEXT), projection_dim=32, hidden_size=32, vocab_size=VOCABULARY,
-        image_token_index=IMAGE,
+        vision_config=tf.SiglipVisionConfig(**_VISION, vision_use_head=False), text_config=text, projection_dim=32,
+        hidden_size=32, vocab_size=VOCABULARY, image_token_index=IMAGE,
     )  # fmt: skip
+    return tf.PaliGemmaForConditionalGeneration(config)
+
+
+def paligemma2(window: int) -> Any:
+    """A random float64 PaliGemma 2, whose sliding layer shows a prompt all of itself too."""
+    torch.manual_seed(0)
+    text = tf.Gemma2Config(**_TEXT, sliding_window=window, layer_types=["sliding_attention", "full_attention"])
+    return _paligemma(text).eval().double()
+
+
+def paligemma() -> Made:
     # Its images stand before its text.
     text = [[*[IMAGE] * 16, BOS, *_words(6, 0)], [*[IMAGE] * 32, BOS, *_words(9, 1)]]
-    return tf.PaliGemmaForConditionalGeneration(config), _batch(text, pixel_values=pixels(3, 3, 16, 16))
+    batch = _batch(text, pixel_values=pixels(3, 3, 16, 16))
+    # All of the prompt is prefix, and sees itself both ways.
+    batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    return _paligemma(tf.GemmaConfig(**_TEXT)), batch
 
 
 def gemma3() -> Made:
@@ -166,14 +179,15 @@ def gemma3() -> Made:
     model = tf.Gemma3ForConditionalGeneration(config)
     # Zero in a new model, so that images would say nothing.
     nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=0.02)
-    return model, _batch(ids, pixel_values=pixels(3, 3, 16, 16))
+    batch = _batch(ids, pixel_values=pixels(3, 3, 16, 16))
+    return model, batch | {"token_type_ids": (batch["input_ids"] == IMAGE).long()}
 
 
 FAMILIES: dict[str, Callable[[], Made]] = {
     make.__name__: make
     for make in (llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, idefics3, smolvlm, paligemma, gemma3)
 }
-# Those whose image and prompt tokens see nothing that comes later; the others cannot be attached to.
+# Those whose image and prompt tokens see nothing that comes later.
 CAUSAL = [name for name in FAMILIES if name not in ("paligemma", "gemma3")]
 
 

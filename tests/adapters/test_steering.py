@@ -1,4 +1,4 @@
-"""Mechanisms that steer by kinds of tokens, on vision-language models of every family that attaches."""
+"""Mechanisms that steer by kinds of tokens, on vision-language models of every family."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from regard.adapters import tokens
 from regard.adapters.families import open_decoder
 
 
-@pytest.mark.parametrize("name", vlms.CAUSAL)
+@pytest.mark.parametrize("name", vlms.FAMILIES)
 def test_three_methods_steer_every_family(name):
     """Prompts with one image and with two, padded: the row that answers changes, answers are made, nothing stays."""
     model, inputs = vlms.tiny(name)

@@ -161,6 +161,10 @@ class Branches:
         prompt = step.prompt
         if self._explicit is not None and fork.prompt != prompt:
             self._spread(self._explicit[0], step.batch)
+        if step.two_sided and self._contrast.branches:
+            raise RegardError(
+                f"{step.two_sided[0]} has tokens that see later ones, and prompts of branches of {self._name} have none"
+            )
         if prompt is not None and step.stop >= prompt:
             self._refuse(forward.given)
             if fork.prompt != prompt:

@@ -2,7 +2,7 @@
 
 A family differs from another only in names. What is asked of any model is that it holds one stack of
 decoder layers, each with one causal self-attention module that knows its `layer_idx` and looks its
-attention function up in the transformers registry.
+attention function up in the transformers registry. A module around the decoder may make its masks.
 """
 
 import sys
@@ -14,6 +14,7 @@ from torch import nn
 from regard.core.errors import RegardError
 
 REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+MASKS = "create_causal_mask"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(),
     "qwen2": Family(),
     "qwen3": Family(),
+    "gemma": Family(),
     "gemma2": _NORMED_BEHIND,
     "gemma3_text": _NORMED_BEHIND,
     "phi3": Family(),
@@ -59,7 +61,8 @@ FAMILIES: dict[str, Family] = {
 class Decoder:
     """The opened model: its decoder module, its layers and their attention modules in order, and their shape.
 
-    `names` are the family's, None where the model was recognised by structure.
+    `names` are the family's, None where the model was recognised by structure. `around` is the module that makes masks
+    in the decoder's place, None: it makes its own.
     """
 
     module: nn.Module
@@ -71,6 +74,7 @@ class Decoder:
     kv_heads: int
     head_dim: int
     windows: tuple[int | None, ...]
+    around: nn.Module | None = None
 
     @property
     def config(self) -> Any:
@@ -108,10 +112,15 @@ def uses_registry(attention: nn.Module) -> bool:
     return any(hasattr(sys.modules.get(cls.__module__), REGISTRY) for cls in type(attention).__mro__[:2])
 
 
+def looks_ahead(config: Any) -> bool:
+    """Whether attention under `config` is causal by its masks alone."""
+    return bool(getattr(config, "use_bidirectional_attention", None))
+
+
 def _is_attention(module: nn.Module) -> bool:
     return (
         isinstance(getattr(module, "layer_idx", None), int)
-        and getattr(module, "is_causal", False) is True
+        and (getattr(module, "is_causal", False) is True or looks_ahead(getattr(module, "config", None)))
         and not getattr(module, "is_cross_attention", False)
         and uses_registry(module)
     )
@@ -161,6 +170,15 @@ def _windows(config: Any, layers: int) -> tuple[int | None, ...]:
     return tuple(getattr(layer, "sliding_window", None) for layer in cache_layers)
 
 
+def _around(model: nn.Module, decoder: nn.Module) -> nn.Module | None:
+    """The module that holds `decoder`, where its own file makes masks and it is no decoder itself."""
+    for owner in model.modules():
+        if any(child is decoder for child in owner.children()) and hasattr(owner, "config"):
+            masks = getattr(sys.modules[type(owner).__module__], MASKS, None)
+            return owner if masks is not None and hasattr(owner.config, "text_config") else None
+    return None
+
+
 def open_decoder(model: nn.Module) -> Decoder:
     """Find the decoder of `model` (wrapped by PEFT, or inside a vision-language model, or bare).
 
@@ -170,12 +188,6 @@ def open_decoder(model: nn.Module) -> Decoder:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise RegardError(f"{type(model).__name__} is an encoder-decoder; regard opens decoder-only models")
-    text: Any = config.get_text_config() if (config := getattr(model, "config", None)) is not None else None
-    if getattr(text, "use_bidirectional_attention", None):
-        raise RegardError(
-            f"{type(model).__name__} lets tokens of its prompt see later ones (use_bidirectional_attention), and "
-            "attached layers are causal"
-        )
     stacks = _stacks(model)
     if len(stacks) != 1:
         found = ", ".join(type(stack["module"]).__name__ for stack in stacks) or "none"
@@ -184,6 +196,12 @@ def open_decoder(model: nn.Module) -> Decoder:
             f"self-attention module with a layer_idx that uses transformers' {REGISTRY}; found {found}"
         )
     attentions, config = stacks[0]["attentions"], stacks[0]["module"].config
+    around = _around(model, stacks[0]["module"])
+    if looks_ahead(config) and around is None:
+        raise RegardError(
+            f"{type(model).__name__} lets all tokens of its prompt see later ones (use_bidirectional_attention), and "
+            "attached layers are causal"
+        )
     if any(getattr(part, "is_kv_shared_layer", False) for part in attentions):
         raise RegardError(f"{type(model).__name__} shares keys and values between layers, which is not opened yet")
     heads = config.num_attention_heads
@@ -199,4 +217,5 @@ def open_decoder(model: nn.Module) -> Decoder:
         kv_heads=heads // groups.pop(),
         head_dim=head_dim,
         windows=_windows(config, len(attentions)),
+        around=around,
     )

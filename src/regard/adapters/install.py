@@ -105,6 +105,8 @@ class Handle:
             if slots is not None:
                 open_block(surgery, self.decoder, index, self._requests)
         if self._bound:
+            if self.decoder.around is not None:
+                surgery.ask_for_masks(self.decoder.around, module)
             surgery.hook(module.register_forward_pre_hook(self._before, with_kwargs=True))
             if self._bound.contrast is not None:
                 self._open_logits(self._bound.contrast)
@@ -285,5 +287,5 @@ def _packed(given: dict[str, Any]) -> bool:
 def _from_store(call: seam.Call) -> Tensor:
     if not isinstance(call.key, StoreView):
         raise RegardError(f"layer {call.seat.layer} got keys around its store; a mechanism there would be bypassed")
-    call.refuse_extras()
+    call.refuse_extras(seam.TWO_SIDED)
     return call.key.attend(call.query, scale=call.scale, softcap=call.softcap)

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from regard.adapters import seam
-from regard.adapters.families import Decoder
+from regard.adapters.families import Decoder, looks_ahead
+from regard.core.errors import RegardError
 
 
 @contextmanager
@@ -19,9 +20,14 @@ def intercept(model: nn.Module, run: Callable[[seam.Call], Tensor]) -> Iterator[
             `[B, Hk, S, *]` after rotary positions, `call.scale`; `call.own()` is the model's own answer).
 
     Raises:
-        RegardError: the model is attached already, or was not recognised.
+        RegardError: the model is attached already, was not recognised, or is not causal.
     """
     decoder, implementation = seam.open_free(model)
+    if looks_ahead(decoder.config):
+        raise RegardError(
+            f"{type(model).__name__} lets tokens of its prompt see later ones (use_bidirectional_attention); what "
+            "reads attention, or is fitted on it, takes causal models"
+        )
     surgery = seam.Surgery()
     try:
         seats = [seam.Seat(index, implementation, run) for index in range(decoder.layers)]

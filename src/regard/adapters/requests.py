@@ -11,6 +11,7 @@ from transformers import Cache, DynamicCache
 
 from regard.adapters.cache_layer import StoreCache, StoreLayer
 from regard.adapters.families import Decoder
+from regard.adapters.two_sided import masked, spans
 from regard.core.errors import RegardError
 from regard.core.slots import Slots
 from regard.core.step import Step
@@ -136,11 +137,14 @@ class Requests:
 
         return prepared
 
-    def begin(self, tokens: Tensor, cache: Cache | None, mask: Tensor | None) -> StoreCache:
+    def begin(self, tokens: Tensor, cache: Cache | None, mask: Any) -> StoreCache:
         """Start a forward of `tokens [B, T, ...]`; returns the cache it must use.
 
+        `mask` is what the decoder is given: a padding mask, None, or light masks made around the decoder.
+
         Raises:
-            RegardError: the cache cannot hold stores or is another recipe's; the mask has holes.
+            RegardError: the cache cannot hold stores or is another recipe's; the mask has holes, or lets tokens see
+                later ones that a layer cannot show them.
         """
         if cache is None:
             cache = DynamicCache(config=self._config)
@@ -150,15 +154,22 @@ class Requests:
             self.caches.add(cache)
         running = list(cache.store_layers())
         start, (batch, width) = cache.get_seq_length(), tokens.shape[:2]
-        padding = _padding(mask, batch, start, width)
+        told = masked(mask)
+        padding = _padding(told.padding, batch, start, width)
+        ahead = spans(told, self._decoder, padding, batch, start, start + width)
         if not self._responding:
             cache.prompt = self._prompt
         elif cache.prompt is None:
             cache.prompt = start
         marks = self._marked(batch, padding, tokens.device)
         said = self._said(batch, padding, start + width, tokens.device)
-        step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks, said)
+        step = Step(start, width, batch, tokens.device, padding, cache.prompt, marks, said, ahead)
         for layer in running:
+            for choice in layer.slots.select if ahead else ():
+                raise RegardError(
+                    f"{choice.name!r} reads lists of keys that end at the query, and {ahead[0]} has tokens that see "
+                    "later ones"
+                )
             for edit in layer.slots.rows:
                 edit.check(step)
             for stem, need in layer.slots.needs if not self._aside else ():
@@ -252,9 +263,7 @@ def _padding(mask: Any, batch: int, start: int, width: int) -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor) or mask.ndim != 2:
-        why = " (a model that makes masks around its decoder, as Gemma 3 for images, is not opened yet)"
-        told = _shape(mask) + why * isinstance(mask, dict)
-        raise RegardError(f"attached layers take a 2-D padding mask, got {told}")
+        raise RegardError(f"attached layers take a 2-D padding mask, got {_shape(mask)}")
     if mask.shape != (batch, start + width):
         raise RegardError(
             f"attention_mask is {_shape(mask)}; this forward brings {batch} rows to {start + width} tokens in all"

@@ -8,15 +8,15 @@ runs the model's own attention; attached layers need no mask tensor at all.
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, causal_mask_function
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from regard.adapters.families import Decoder, open_decoder
@@ -71,8 +71,8 @@ class Call:
         attention = own_attention(self.module, seat.implementation)
         return attention(self.module, self.query, self.key, self.value, mask, **self.arguments)
 
-    def refuse_extras(self) -> None:
-        """Raise if the model asks for more than causal attention with a sliding window, padding and a soft cap.
+    def refuse_extras(self, known: Collection[str] = ()) -> None:
+        """Raise if the model asks for more than a mask of `CAUSAL` or of `known`, padding and a soft cap.
 
         Raises:
             RegardError: dropout, learned biases or sink logits, a prepared 4-D mask, or another mask.
@@ -85,18 +85,34 @@ class Call:
             if self.arguments.get(name) is not None:
                 raise RegardError(f"layer {self.seat.layer} adds {name} to its scores, which is not opened yet")
         if isinstance(self.mask, Tensor):
-            raise RegardError("a prepared 4-D attention mask reached an attached layer; pass a 2-D padding mask")
-        if isinstance(self.mask, Mask) and (why := self.mask.deviation()):
             raise RegardError(
-                f"layer {self.seat.layer} was given {why}; attached layers run causal and sliding masks only"
+                f"a prepared 4-D attention mask reached layer {self.seat.layer}; pass a 2-D padding mask (and where "
+                "attention is read or fitted, no images to a model that makes masks around its decoder, as Gemma 3)"
             )
+        if isinstance(self.mask, Mask):
+            self.mask.refuse_unknown(known, self.seat.layer)
 
+
+# The masks that attached layers run, by how they are made.
+CAUSAL = frozenset({"causal_mask_function", "and_masks(sliding_window_overlay, causal_mask_function)"})
+# Here a block sees all of itself, however long it is.
+WIDE = "or_masks(and_masks(sliding_window_overlay, causal_mask_function), blockwise_overlay)"
+TWO_SIDED = frozenset(
+    {
+        "or_masks(causal_mask_function, blockwise_overlay)",
+        "and_masks(or_masks(causal_mask_function, blockwise_overlay), sliding_window_overlay)",
+        WIDE,
+    }
+)
 
 _SEATS: WeakKeyDictionary[nn.Module, Seat] = WeakKeyDictionary()
 
 
 class Mask:
     """The model's own mask, built when first asked for; `arguments` are transformers' own."""
+
+    # transformers asks whether it is a padding mask.
+    ndim = 4
 
     def __init__(self, arguments: dict[str, Any]):
         # transformers 5.17 keeps offsets as tensors after an assisted crop, and counts them up in place.
@@ -114,26 +130,59 @@ class Mask:
             self._built = True
         return self._dense.to(device) if isinstance(self._dense, Tensor) else self._dense
 
-    def deviation(self) -> str | None:
-        """Why this mask is more than causal, sliding window and padding; None if it is not."""
-        function: Any = self.arguments["mask_function"]
-        if function is causal_mask_function:
-            return None
-        parts = _closure(function).get("mask_functions", ())
-        names = [getattr(part, "__qualname__", "?").split(".")[0] for part in parts]
-        if names == ["sliding_window_overlay", "causal_mask_function"]:
-            return None
-        return f"a mask made of {', '.join(names) or function.__qualname__}"
+    @cached_property
+    def formula(self) -> str:
+        """The transformers functions that it is made of, as they are nested."""
+        return _formula(self.arguments["mask_function"])
+
+    @property
+    def padding(self) -> Tensor | None:
+        """The 2-D padding mask that it was made with, `[B, S]`."""
+        return self.arguments["attention_mask"]
+
+    @property
+    def blocks(self) -> Tensor | None:
+        """The block of every arrival, `[B, n]`: those of one block see each other both ways, -1 is none."""
+        return next(_found(self.arguments["mask_function"], "block_sequence_ids"), None)
+
+    def refuse_unknown(self, known: Collection[str], layer: int | None = None) -> None:
+        """Raise unless it is one of `known`, or of `CAUSAL`.
+
+        Raises:
+            RegardError: it is another.
+        """
+        if self.formula not in known and self.formula not in CAUSAL:
+            who, what = "an attached model" if layer is None else f"layer {layer}", "causal and sliding masks"
+            what += ", with blocks of tokens that see each other," if known else ""
+            raise RegardError(f"{who} was given a mask made of {self.formula}; attached layers run {what} only")
 
 
-def _closure(function: Callable[..., Any]) -> dict[str, Any]:
-    names = function.__code__.co_freevars
-    cells = function.__closure__ or ()
-    return {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+def _parts(function: Any) -> dict[str, Any]:
+    """What `function` was made with, by name."""
+    code = getattr(function, "__code__", None)
+    cells = getattr(function, "__closure__", None) or ()
+    return {} if code is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells, strict=True)}
+
+
+def _formula(function: Any) -> str:
+    parts = ", ".join(map(_formula, _parts(function).get("mask_functions", ())))
+    name = getattr(function, "__qualname__", "?").split(".")[0]
+    return f"{name}({parts})" if parts else name
+
+
+def _found(function: Any, name: str) -> Iterator[Any]:
+    """What `function`, or one that it is made of, calls `name`."""
+    parts = _parts(function)
+    if name in parts:
+        yield parts[name]
+    for part in parts.get("mask_functions", ()):
+        yield from _found(part, name)
 
 
 def _mask_function(**arguments: Any) -> Mask:
-    return Mask(arguments)
+    # A model that makes masks around its decoder hands it this one, and the decoder asks for another.
+    prepared = arguments.get("attention_mask")
+    return prepared if isinstance(prepared, Mask) else Mask(arguments)
 
 
 def _attention_function(
@@ -204,6 +253,12 @@ class Surgery:
             self.set(module, "config", config)
         self.set(decoder, "config", config)
         self.set(decoder, "__deepcopy__", _refuse_copy)
+
+    def ask_for_masks(self, around: nn.Module, decoder: nn.Module) -> None:
+        """Let `around`, which makes masks for the seated `decoder`, ask regard for them too."""
+        config: Any = copy.copy(around.config)
+        config.text_config = decoder.config
+        self.set(around, "config", config)
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Set attribute `name` of `module` itself."""

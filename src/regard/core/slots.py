@@ -12,6 +12,7 @@ from regard.core.card import Needs
 from regard.core.pattern import Pattern
 from regard.core.step import Step
 from regard.core.store import Codec
+from regard.core.two_sided import later
 
 State = dict[str, Tensor]
 
@@ -73,6 +74,12 @@ class Reading:
         return replace(self, query=self.query[:, :, rows], step=step, lse=lse)
 
     @property
+    def queries(self) -> Tensor:
+        """Positions of the rows, `[1|B, R]`, `[B, R]` where spans of them see later tokens."""
+        found = self.step.queries(self.key.device)
+        return found.expand(len(self.query), -1) if self.step.two_sided else found
+
+    @property
     def arrivals(self) -> Tensor:
         """Arrivals of the keys, `[B, 1|H, S]`, an entry a query head where heads hold different keys; -1: no key."""
         positions, padding = self.positions, self.step.padding
@@ -113,7 +120,9 @@ class Reading:
         scores = (grouped @ self.key.to(exact).transpose(-1, -2)) * self.scale
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        seen = self.pattern.allow(self.step.queries(self.key.device), self.positions)
+        seen = self.pattern.allow(self.queries, self.positions)
+        if self.step.two_sided:
+            seen = seen | later(self.step.two_sided, self.queries, self.positions)
         scores = scores.unflatten(2, (group, -1)).masked_fill(~seen[:, :, None], -torch.inf)
         return scores.flatten(1, 2)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regard.core.errors import RegardError
 from regard.core.token_map import TokenMap
+from regard.core.two_sided import TwoSided
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Step:
         prompt: arrivals below this are prompt rows, the others response rows; None: all are prompt.
         marks: `[1|B, n]` bool, arrivals that the user marked (an image, a document); None: nothing is marked.
         tokens: what the request's tokens are; None: nobody said, and in a second branch nobody does.
+        two_sided: spans of this forward's rows that see later tokens of theirs, by position.
         rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
             others; None: all of this forward. Only a layer that runs some rows has its own Step.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
@@ -36,6 +38,7 @@ class Step:
     prompt: int | None = None
     marks: Tensor | None = None
     tokens: TokenMap | None = None
+    two_sided: tuple[TwoSided, ...] = ()
     rows: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 

@@ -140,7 +140,7 @@ class Shown:
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Attention of `q [B, H, T, D]`: `(out [B, H, T, Dv], lse [B, H, T])`."""
-        if index is None and bias is None and softcap is None:
+        if index is None and bias is None and softcap is None and not step.two_sided:
             read = self._read_codes(q, pattern, step, scale)
             if read is not None:
                 return read
@@ -161,6 +161,7 @@ class Shown:
             softcap=softcap,
             q_positions=None if positions is None else step.queries(q.device),
             k_positions=positions,
+            two_sided=step.two_sided,
         )
         return out if self.value_codec is None else self.value_codec.output(out), lse
 

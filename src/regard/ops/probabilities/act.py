@@ -138,13 +138,13 @@ def _count(reading: Reading) -> None:
         return
     assert reading.lse is not None
     device = reading.key.device
-    queries = step.queries(device).masked_fill(step.arrivals.to(device) >= stop, -1)
+    queries = reading.queries.masked_fill(step.arrivals.to(device) >= stop, -1)
     mass = column_mass(
         reading.query, reading.key, reading.lse,
         pattern=reading.pattern, q_positions=queries, k_positions=reading.positions,
-        scale=reading.scale, softcap=reading.softcap,
+        scale=reading.scale, softcap=reading.softcap, two_sided=step.two_sided,
     )  # fmt: skip
-    seen = column_rows(reading.pattern, queries, reading.positions)
+    seen = column_rows(reading.pattern, queries, reading.positions, step.two_sided)
     if seen.shape[1] > 1:
         seen = seen.repeat_interleave(mass.shape[1] // seen.shape[1], 1)
     # Keys of later rows got nothing from these, and padding nothing at all: where they land is without meaning.
