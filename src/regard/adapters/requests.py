@@ -112,6 +112,16 @@ class Requests:
         finally:
             self._aside, self._responding, self._prompt = before
 
+    @contextmanager
+    def inside(self, step: Step, cache: StoreCache) -> Iterator[None]:
+        """Layers run inside belong to a forward `step` that was begun aside, on `cache`."""
+        before = (self._aside, self.step, self.cache)
+        self._aside, self.step, self.cache = True, step, cache
+        try:
+            yield
+        finally:
+            self._aside, self.step, self.cache = before
+
     @property
     def marked(self) -> bool:
         """Whether rows are marked."""
