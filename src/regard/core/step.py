@@ -1,5 +1,6 @@
 """What one forward pass is, told to every layer and store by the adapter; never guessed from shapes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,8 @@ class Step:
         rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
             others; None: all of this forward. Only a layer that runs some rows has its own Step.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
+        blind: `blind(layer, told)` runs the prompt without its image up to and with `layer`, `told` in its scratch,
+            and returns that scratch; None: this forward does not bring the prompt's end, or nobody compares.
     """
 
     start: int
@@ -41,6 +44,7 @@ class Step:
     two_sided: tuple[TwoSided, ...] = ()
     rows: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    blind: Callable[[int, dict[Any, Any]], dict[Any, Any]] | None = None
 
     @property
     def stop(self) -> int:

@@ -385,14 +385,14 @@ def _weighed(
         v = _vector(V, base, spot, here, DV, 0.0)
         acc = acc * old[None, :] + dot(tl.trans(v), to_bfloat16(p))
     else:
-        CENTRE: tl.constexpr = 8.0 if VALUE == 4 else 128.0
-        OFFSET: tl.constexpr = CENTRE + (128.0 if VALUE == 4 else 128.0 * 17)
+        OFFSET: tl.constexpr = 128.0 if VALUE == 4 else 128.0 * 17
         base, spot = _vectors(PAGES, row, head, begin, local, here, va_row, va_head, pages_row, PAGE)
         affine = tl.load(VA + base + spot, mask=here, other=0)
         step, lo = step_and_lo(affine)
         weight = to_bfloat16(p * step[:, None])
-        # Codes are multiplied by what was rounded, so that is what their offset is taken off by.
-        more = p * (lo + CENTRE * step)[:, None] - OFFSET * weight.to(tl.float32)
+        # What was rounded weighs all of `code + lo / step`: rounding that falls on codes alone falls on all channels
+        # alike, and rotating back piles it up in one. A slot without a key has a step of 0.
+        more = (lo / tl.where(step > 0, step, 1.0) - OFFSET)[:, None] * weight.to(tl.float32)
         rest = rest * old[None, :] + _folded(more, TILE, COLUMNS)
         codes = _columns(
             _half(V, PAGES, row, head, begin, held, v_row, v_head, pages_row, 0, DV, VALUE, PAGE, TILE),
