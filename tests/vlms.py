@@ -187,8 +187,6 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     make.__name__: make
     for make in (llava, llava_next, qwen2_5_vl, qwen3_vl, internvl, idefics3, smolvlm, paligemma, gemma3)
 }
-# Those whose image and prompt tokens see nothing that comes later.
-CAUSAL = [name for name in FAMILIES if name not in ("paligemma", "gemma3")]
 
 
 def tiny(name: str, seed: int = 0) -> Made:

@@ -8,6 +8,7 @@ import regard
 import vlms
 from contracts.subjects import example
 from regard import RegardError
+from regard.adapters import tokens
 from regard.adapters.families import open_decoder
 from regard.adapters.intercept import intercept
 
@@ -138,6 +139,7 @@ BAD = {
     ),
     "lists that end at the query": ("gemma3", "dhsa", dict, "'dhsa of 8 keys' reads lists of keys that end"),
     "branches": ("paligemma", "lqcd", dict, "that see later ones, and prompts of branches of 'lqcd.* have none"),
+    "a prompt without its image": ("paligemma", "vhr", dict, "nobody says which tokens of that see later ones"),
     "a mask by hand": (
         "gemma3", "streaming", lambda b: b | {"attention_mask": b["attention_mask"][:, None, None]},
         "take a 2-D padding mask, got",
@@ -154,6 +156,7 @@ def test_what_cannot_be_shown_is_refused_by_name(what):
         with (
             regard.attach(model, example(stem, open_decoder(model))) as handle,
             handle.prompting(batch["input_ids"].shape[1]),
+            handle.reading(tokens.read(model, batch)),
             pytest.raises(RegardError, match=said),
         ):
             model(**spoil(batch))

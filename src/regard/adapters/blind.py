@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regard.adapters.families import Decoder
+from regard.adapters.families import Decoder, looks_ahead
 from regard.adapters.requests import Requests
 from regard.core.errors import RegardError
 from regard.core.step import Step
@@ -47,12 +47,18 @@ class Blind:
         """Before the decoder runs with `given`: keeps what the prompt brings, and begins where it is complete.
 
         Raises:
-            RegardError: the cache holds tokens of another prompt; rows are marked; the prompt ends in an image.
+            RegardError: the cache holds tokens of another prompt; rows are marked; the prompt ends in an image, or
+            sees itself both ways.
         """
         step = self._requests.step
         assert step is not None
         if step.tokens is None or step.answer is None or step.start >= step.answer:
             return
+        if step.two_sided and looks_ahead(self._decoder.config):
+            raise RegardError(
+                f"{self._name!r} runs the prompt without its image, and nobody says which tokens of that see later "
+                f"ones, as {step.two_sided[0]} has"
+            )
         if self._requests.marked:
             raise RegardError(f"marks name rows of the prompt with its image; {self._name!r} runs it without, too")
         new = given.get("inputs_embeds")

@@ -15,19 +15,22 @@ from regard.primitives.merge import merge
 
 Part = tuple[Tensor, Tensor]
 Index = slice | Tensor
-ALL = slice(None)
 
 
 class Piece(NamedTuple):
-    """Batch rows, queries and keys that are attended together.
+    """Queries and keys of one batch row that are attended together.
 
     `places` holds their positions, read backwards; None: queries and keys are all of one run, in order.
     """
 
-    batch: Index
+    row: int
     queries: Index
     keys: Index
     places: tuple[Tensor, Tensor] | None = None
+
+    def of(self, x: Tensor, at: Index) -> Tensor:
+        """Its part of `x [B, H, n, ...]`, `[1, H, m, ...]`."""
+        return x[self.row : self.row + 1, :, at]
 
 
 def joined(
@@ -50,36 +53,39 @@ def joined(
         RegardError: `run` refuses.
     """
     if q_positions is None and k_positions is None:
-        pieces = _aligned(q.shape[2], k.shape[2], spans)
+        groups = _aligned(q.shape[2], k.shape[2], spans)
     else:
-        pieces = _placed(*_positions(q, k, q_positions, k_positions), spans)
+        groups = ([piece] for piece in _placed(*_positions(q, k, q_positions, k_positions), spans))
     out, lse = (part.clone() for part in behind)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
-    for piece in pieces:
-        rows, keys = (piece.batch, ALL, piece.queries), (piece.batch, ALL, piece.keys)
-        given = [q[rows], k[keys], v[keys]]
-        added = None if bias is None else _cut(bias, piece)
-        if piece.places is None:
+    for group in groups:
+        given = [torch.cat([piece.of(x, piece.queries) for piece in group]) for x in (q, *behind)]
+        given += [torch.cat([piece.of(x, piece.keys) for piece in group]) for x in (k, v)]
+        queries, known, known_lse, keys, values = given
+        added = None if bias is None else torch.cat([_cut(bias, piece) for piece in group])
+        if (places := group[0].places) is None:
             added = added if added is None else added.flip(2, 3)
-            ahead = run(*(x.flip(2) for x in given), bias=added)
-            ahead = (ahead[0].flip(2), ahead[1].flip(2))
+            found = run(*(x.flip(2) for x in (queries, keys, values)), bias=added)
+            ahead = (found[0].flip(2), found[1].flip(2))
         else:
-            ahead = run(*given, bias=added, q_positions=piece.places[0], k_positions=piece.places[1])
-        out[rows], lse[rows] = merge([(behind[0][rows], behind[1][rows]), ahead])
+            ahead = run(queries, keys, values, bias=added, q_positions=places[0], k_positions=places[1])
+        both = merge([(known, known_lse), ahead])
+        for i, piece in enumerate(group):
+            for x, new in zip((out, lse), both, strict=True):
+                x[piece.row, :, piece.queries] = new[i]
     return out, lse
 
 
-def _aligned(rows: int, keys: int, spans: Sequence[TwoSided]) -> Iterator[Piece]:
-    """Of the last `rows` of `keys` positions: batch rows with the same span together."""
+def _aligned(rows: int, keys: int, spans: Sequence[TwoSided]) -> Iterator[list[Piece]]:
+    """Of the last `rows` of `keys` positions: spans of one length together, as images mostly are."""
     first, together = keys - rows, {}
     for row, start, stop in spans:
-        together.setdefault((max(start, first), stop), []).append(row)
-    for (start, stop), members in together.items():
+        start = max(start, first)
         if stop - start > 1:
-            run = members == list(range(members[0], members[-1] + 1))
-            batch = slice(members[0], members[-1] + 1) if run else torch.tensor(members)
-            yield Piece(batch, slice(start - first, stop - 1 - first), slice(start + 1, stop))
+            piece = Piece(row, slice(start - first, stop - 1 - first), slice(start + 1, stop))
+            together.setdefault(stop - start, []).append(piece)
+    yield from together.values()
 
 
 def _placed(q_pos: Tensor, k_pos: Tensor, spans: Sequence[TwoSided]) -> Iterator[Piece]:
@@ -91,7 +97,7 @@ def _placed(q_pos: Tensor, k_pos: Tensor, spans: Sequence[TwoSided]) -> Iterator
         keys = seen.reshape(-1, seen.shape[-1]).any(0).nonzero()[:, 0]
         if len(queries) and len(keys):
             backwards = torch.where(seen, stop - 1 - k, -1)[..., keys]
-            yield Piece(slice(row, row + 1), queries, keys, (stop - 2 - q[None, queries], backwards[None]))
+            yield Piece(row, queries, keys, (stop - 2 - q[None, queries], backwards[None]))
 
 
 def _positions(q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -102,7 +108,7 @@ def _positions(q: Tensor, k: Tensor, q_positions: Tensor | None, k_positions: Te
 
 
 def _cut(bias: Tensor, piece: Piece) -> Tensor:
-    """The part of `bias [1|B, 1|H, 1|T, 1|S]` that `piece` needs; what is shared stays shared."""
-    bias = bias if bias.shape[0] == 1 else bias[piece.batch]
+    """The part of `bias [1|B, 1|H, 1|T, 1|S]` that `piece` needs, of one row; what queries or keys share stays so."""
+    bias = bias if bias.shape[0] == 1 else bias[piece.row : piece.row + 1]
     bias = bias if bias.shape[2] == 1 else bias[:, :, piece.queries]
     return bias if bias.shape[3] == 1 else bias[..., piece.keys]
