@@ -25,6 +25,8 @@ class Step:
         tokens: what the request's tokens are; None: nobody said, and in a second branch nobody does.
         rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
             others; None: all of this forward. Only a layer that runs some rows has its own Step.
+        at: `[1]` int64, `start` on the device, in a fixed step: a forward of one token whose work may be recorded and
+            done again later, so that nothing in it may follow from `start` itself. None: any other forward.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
     """
 
@@ -37,6 +39,7 @@ class Step:
     marks: Tensor | None = None
     tokens: TokenMap | None = None
     rows: Tensor | None = None
+    at: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -47,6 +50,8 @@ class Step:
     @property
     def arrivals(self) -> Tensor:
         """Arrivals of the rows that run, `[1|B, R]`."""
+        if self.at is not None:
+            return self.at[None]
         return torch.arange(self.start, self.stop, device=self.device)[None] if self.rows is None else self.rows
 
     def only(self, rows: Tensor) -> "Step":

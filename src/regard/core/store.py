@@ -11,6 +11,8 @@ from regard.core.pattern import Pattern
 from regard.core.step import Step
 
 Fields = tuple[Tensor, ...]
+# Attention of a few queries over keys of which a length on the device counts (`ops/decode.py`).
+Decode = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _same(x: Tensor) -> Tensor:
@@ -46,6 +48,7 @@ class Kernels(Protocol):
         key: Form | None,
         value: Form | None,
         scale: float,
+        lengths: Tensor | None = None,
         positions: Tensor | None = None,
         q_positions: Tensor | None = None,
         sink: int = 0,
@@ -53,8 +56,9 @@ class Kernels(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of `q [B, H, T, D]`, not rotated: `(out [B, H, T, Dv], lse [B, H, T])`.
 
-        `positions [1|B, S]` of the keys, negative: none; None: consecutive, ending with the last query. With `recent`,
-        queries see what lies less than that far back, and positions below `sink`.
+        `lengths [B]`, keys of each request; None: all slots. `positions [1|B, S]` of the keys, negative: none; None:
+        consecutive, ending with the last query. With `recent`, queries see what lies less than that far back, and
+        positions below `sink`.
         """
         ...
 
@@ -73,9 +77,9 @@ class Kernels(Protocol):
         *,
         key: Form | None,
         value: Form | None,
-        start: int = 0,
+        start: int | Tensor = 0,
     ) -> None:
-        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on."""
+        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on; a Tensor `[B]`: one a request."""
         ...
 
 
@@ -175,6 +179,30 @@ class Store(Protocol):
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Write `k [B, Hk, T, D]`, `v [B, Hk, T, Dv]` and return what this forward's queries read."""
+        ...
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step (`Step.at`), or None."""
+        ...
+
+    def fix(self, spare: int) -> int | None:
+        """Lay out what is held for fixed steps, with about `spare` slots to spare. Anything but `put` undoes it.
+
+        Returns:
+            Arrivals until which there is room; None: any number.
+        """
+        ...
+
+    def put(self, k: Tensor, v: Tensor, step: Step, decode: Decode) -> View:
+        """`append` of a fixed step `step`: `k [B, Hk, 1, D]`, `v` go where `step.at` says, and no count changes."""
+        ...
+
+    def passed(self) -> None:
+        """A fixed step went by, run or replayed: count it."""
+        ...
+
+    def versions(self) -> Iterator[int]:
+        """Numbers that stay what they are only while fixed steps find everything where the last one left it."""
         ...
 
     def advance(self, step: Step) -> None:

@@ -179,7 +179,7 @@ def _simple(rule: Rule) -> bool:
     """Whether the reach of `rule` is the rule itself."""
     if isinstance(rule, Either):
         return _simple(rule.left) and _simple(rule.right)
-    return isinstance(rule, (Causal, Window, Sink))
+    return isinstance(rule, (Causal, Sink)) or (isinstance(rule, Window) and rule.block == 1)
 
 
 def _check_shapes(

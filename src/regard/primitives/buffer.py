@@ -9,8 +9,9 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
-from regard.core.store import Codec, Fields
+from regard.core.store import Codec, Decode, Fields
 from regard.primitives import codes
+from regard.primitives.fixed import Fixed
 from regard.primitives.merge import merge
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
@@ -49,6 +50,8 @@ class Buffer:
         self.limit = limit
         self.fields: Fields = ()
         self.size = 0
+        # Counts every change but those that fixed steps make.
+        self.version = 0
 
     @property
     def slots(self) -> int:
@@ -57,6 +60,7 @@ class Buffer:
 
     def append(self, new: Fields) -> None:
         """Write `new`, each `[B, Hk, T, *]`, behind what is there, without its gradients."""
+        self.version += 1
         stop = self.size + new[0].shape[2]
         self._fit(stop, new)
         for field, part in zip(self.fields, new, strict=True):
@@ -65,8 +69,15 @@ class Buffer:
 
     def room(self, tokens: int, like: Fields) -> Fields:
         """The whole fields, with slots for `tokens` more from `size` on; where there are none yet, such as `like`."""
+        self.version += 1
         self._fit(self.size + tokens, like)
         return self.fields
+
+    def reserve(self, spare: int) -> None:
+        """Have slots for more tokens: `spare`, where fewer than half as many are left."""
+        self.version += 1
+        if self.slots - self.size < spare / 2 or self._stale:
+            self._grow(self.size + spare, self.fields)
 
     def replace(self, fields: Fields) -> None:
         """Hold `fields`, which share no memory with the buffer, and nothing else."""
@@ -79,6 +90,7 @@ class Buffer:
 
     def crop(self, size: int) -> None:
         """Keep the first `size` tokens."""
+        self.version += 1
         self.size = min(size, self.size)
         if self.size == 0:
             self.fields = ()
@@ -87,18 +99,25 @@ class Buffer:
 
     def reorder(self, rows: Tensor) -> None:
         """Row `i` becomes the old row `rows[i]`."""
+        self.version += 1
         self.fields = tuple(field.index_select(0, rows.to(field.device)) for field in self.fields)
+
+    @property
+    def _stale(self) -> bool:
+        """Outside inference mode an inference tensor can no longer be written to."""
+        return bool(self.fields) and self.fields[0].is_inference() and not torch.is_inference_mode_enabled()
 
     def _fit(self, size: int, like: Sequence[Tensor]) -> None:
         bounded = self.limit is not None and size <= self.limit
         most = self.limit if bounded else size + max(48, size // 20)
-        # Outside inference mode an inference tensor can no longer be written to.
-        stale = bool(self.fields) and self.fields[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self.fields and size <= self.slots <= (most or 0) and not stale:
+        if self.fields and size <= self.slots <= (most or 0) and not self._stale:
             return
         slots = size + max(16, size // 32)
         if bounded and self.limit is not None:
             slots = min(slots, self.limit)
+        self._grow(slots, like)
+
+    def _grow(self, slots: int, like: Sequence[Tensor]) -> None:
         past = self.read()
         self.fields = tuple(f.detach().new_empty((*f.shape[:2], slots, *f.shape[3:])) for f in like)
         for field, part in zip(self.fields, past, strict=False):
@@ -336,6 +355,45 @@ class Container:
         """The View of `fields`, whose last tokens are `k`, `v`."""
         keys, values = fields[: self._split], fields[self._split :]
         return Shown(self.run, keys, values, self.key_codec, self.value_codec, (k, v), positions)
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step, or None."""
+        return f"a {self.kind} store has no fixed steps"
+
+    def fix(self, spare: int) -> int | None:
+        """Have room for more arrivals: `spare`, where there is for fewer than half as many. Returns all there is."""
+        self.buffer.reserve(spare)
+        return self.buffer.slots
+
+    def put(self, k: Tensor, v: Tensor, step: Step, decode: Decode) -> Fixed:
+        """`append` of a fixed step: `k [B, Hk, 1, D]`, `v` go to the slot that `step.at` comes to, nothing is counted.
+
+        Raises:
+            RegardError: as `write`.
+        """
+        self._check(k, step)
+        slot, seen, lengths, positions = self._fixed(step, k.shape[0])
+        fields = tuple(field[:, :, :seen] for field in self.buffer.fields)
+        keys, values = fields[: self._split], fields[self._split :]
+        found = codes.writer(k, v, self.key_codec, self.value_codec)
+        if found is None:
+            for field, new in zip(fields, written(k, self.key_codec) + written(v, self.value_codec), strict=True):
+                field.index_copy_(2, slot[:1], new)
+        else:
+            codes.write(found, k, v, keys, values, self.key_codec, self.value_codec, slot)
+        return Fixed(decode, keys, values, self.key_codec, self.value_codec, lengths, positions)
+
+    def _fixed(self, step: Step, rows: int) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        """In a fixed step: the new token's slot `[B]`, slots that are read, lengths `[B]`, positions `[1|B, slots]`."""
+        raise NotImplementedError
+
+    def passed(self) -> None:
+        """A fixed step went by."""
+        self.length += 1
+
+    def versions(self) -> Iterator[int]:
+        """Changes with everything but fixed steps."""
+        yield self.buffer.version
 
     def advance(self, step: Step) -> None:
         """Refused: this store has no place for arrivals it was not given.

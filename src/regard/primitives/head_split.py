@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
-from regard.core.store import Store, View
+from regard.core.store import Decode, Store, View
 
 
 class HeadSplit:
@@ -49,13 +49,15 @@ class HeadSplit:
         Raises:
             RegardError: `Hk` is not the number of heads in the groups.
         """
+        return self._split(k, v, lambda child, mine, other: child.append(mine, other, step))
+
+    def _split(self, k: Tensor, v: Tensor, write: Callable[[Store, Tensor, Tensor], View]) -> "SplitView":
+        """What `write` made of each group's store and its heads of `k` and `v`."""
         count = sum(map(len, self.heads))
         if k.shape[1] != count:
             raise RegardError(f"{k.shape[1]} KV heads were written to a store split over {count}")
-        views = [
-            child.append(take(k, heads), take(v, heads), step)
-            for heads, child in zip(self.heads, self.children, strict=True)
-        ]
+        groups = zip(self.heads, self.children, strict=True)
+        views = [write(child, take(k, heads), take(v, heads)) for heads, child in groups]
         return SplitView(self.heads, views, self.parts)
 
     def parts(self, pattern: Pattern) -> list[Pattern]:
@@ -63,6 +65,33 @@ class HeadSplit:
         if self._parts is None or self._parts[0] is not pattern:
             self._parts = pattern, [pattern.select_heads(heads) for heads in self.heads]
         return self._parts[1]
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step, or None."""
+        return next((why for child in self.children if (why := child.unfixed(step))), None)
+
+    def fix(self, spare: int) -> int | None:
+        """Lay out what is held for fixed steps: see `Store.fix`."""
+        found = [child.fix(spare) for child in self.children]
+        return min((room for room in found if room is not None), default=None)
+
+    def put(self, k: Tensor, v: Tensor, step: Step, decode: Decode) -> "SplitView":
+        """`append` of a fixed step, every group to its store.
+
+        Raises:
+            RegardError: `Hk` is not the number of heads in the groups.
+        """
+        return self._split(k, v, lambda child, mine, other: child.put(mine, other, step, decode))
+
+    def passed(self) -> None:
+        """A fixed step went by."""
+        for child in self.children:
+            child.passed()
+
+    def versions(self) -> Iterator[int]:
+        """Change with everything but fixed steps."""
+        for child in self.children:
+            yield from child.versions()
 
     def advance(self, step: Step) -> None:
         """The forward `step` went by and this layer ran none of its rows."""
