@@ -12,7 +12,7 @@ from regard.core.errors import RegardError
 from regard.core.slots import Image, Slots, State
 from regard.core.step import Step
 from regard.core.store import Store, View
-from regard.ops.decode import decode
+from regard.ops import decode
 from regard.ops.layer import run
 
 # torch.compile leaves stores to Python: their shapes change with every token.

@@ -88,7 +88,8 @@ class FixedSteps:
         @eager
         def run(**given: Any) -> Any:
             step, cache = self._requests.step, self._requests.cache
-            assert step is not None and cache is not None
+            assert step is not None
+            assert cache is not None
             why = self._unfit(given, step) or self._ready(forward, given, step, cache)
             if why is None:
                 return self._taken(given, step, cache)
@@ -111,14 +112,15 @@ class FixedSteps:
             return "no position_ids were given for the token"
         if given.get("use_cache") is False or given.get("return_dict") is False:
             return "use_cache or return_dict is False"
-        other = [name for name, value in given.items() if name not in KNOWN and value is not None and value is not False]
+        other = [
+            name for name, value in given.items() if name not in KNOWN and value is not None and value is not False
+        ]
         return f"{', '.join(other)} was given" if other else None
 
-    def _ready(
-        self, forward: Callable[..., Any], given: dict[str, Any], step: Step, cache: StoreCache
-    ) -> str | None:
+    def _ready(self, forward: Callable[..., Any], given: dict[str, Any], step: Step, cache: StoreCache) -> str | None:
         """Begin anew if the last step's graph is none of this one; or why that cannot be."""
-        shapes = tuple((x.shape, x.dtype) for x in _inputs(given)) + (step.padding is None, torch.is_inference_mode_enabled())
+        tensors = (*_inputs(given), *(() if step.padding is None else (step.padding,)))
+        shapes = (*((x.shape, x.dtype) for x in tensors), torch.is_inference_mode_enabled())
         changed = self._changed(shapes, step, cache)
         if changed is None:
             return None

@@ -259,7 +259,7 @@ class Handle:
             for head, (key, value) in enumerate(zip(slots.key_codec, slots.value_codec, strict=True))
             if key or value
         }
-        return "; ".join([str(slots), *read])
+        return "; ".join([str(slots) or "causal attention over a full store", *read])
 
     @eager
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +11,6 @@ from regard.core.pattern import Pattern
 from regard.core.step import Step
 
 Fields = tuple[Tensor, ...]
-# Attention of a few queries over keys of which a length on the device counts (`ops/decode.py`).
-Decode = Callable[..., tuple[Tensor, Tensor]]
 
 
 def _same(x: Tensor) -> Tensor:
@@ -30,6 +28,40 @@ class Form:
 
     bits: int
     order: int
+
+
+class Part(NamedTuple):
+    """Some KV heads of a layer: queries are given of all heads, and answers of these go where all have their place.
+
+    Args:
+        heads: `[n]` integers, on the device.
+        group: query heads of a KV head.
+        out, lse: `[B, H, T, Dv]` and `[B, H, T]` float32 of the layer, contiguous.
+    """
+
+    heads: Tensor
+    group: int
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def queries(self) -> Tensor:
+        """The query heads, `[n * group]`."""
+        return (self.heads[:, None] * self.group + torch.arange(self.group, device=self.heads.device)).flatten()
+
+
+class Decoding(Protocol):
+    """What fixed steps write and read with: `ops/decode.py`, handed in, since stores lie below it."""
+
+    def decode(self, q: Tensor, k: Tensor, v: Tensor, /, **call: Any) -> tuple[Tensor, Tensor]:
+        """Attention over the first keys, of which a length on the device counts."""
+        ...
+
+    def place(
+        self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, /, *, slots: Tensor, heads: Tensor | None
+    ) -> None:
+        """Write one token of each request into its slot."""
+        ...
 
 
 class Kernels(Protocol):
@@ -53,6 +85,7 @@ class Kernels(Protocol):
         q_positions: Tensor | None = None,
         sink: int = 0,
         recent: int | None = None,
+        part_of: Part | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of `q [B, H, T, D]`, not rotated: `(out [B, H, T, Dv], lse [B, H, T])`.
 
@@ -78,8 +111,12 @@ class Kernels(Protocol):
         key: Form | None,
         value: Form | None,
         start: int | Tensor = 0,
+        heads: Tensor | None = None,
     ) -> None:
-        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on; a Tensor `[B]`: one a request."""
+        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on; a Tensor `[B]`: one a request.
+
+        `heads [n]` are those of `k` and `v` that the fields hold; None: all.
+        """
         ...
 
 
@@ -193,8 +230,11 @@ class Store(Protocol):
         """
         ...
 
-    def put(self, k: Tensor, v: Tensor, step: Step, decode: Decode) -> View:
-        """`append` of a fixed step `step`: `k [B, Hk, 1, D]`, `v` go where `step.at` says, and no count changes."""
+    def put(self, k: Tensor, v: Tensor, step: Step, by: Decoding, heads: Tensor | None = None) -> View:
+        """`append` of a fixed step `step`: `k [B, Hk, 1, D]`, `v` go where `step.at` says, and no count changes.
+
+        `heads [n]` are those of `k` and `v` that are stored here; None: all.
+        """
         ...
 
     def passed(self) -> None:

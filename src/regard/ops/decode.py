@@ -12,10 +12,11 @@ from regard.core.errors import choose as one_of
 from regard.core.pattern import Pattern
 from regard.core.rules import Causal, Either, Rule, Sink, Window
 from regard.core.shapes import group_size
+from regard.core.store import Part as PartOf
 from regard.kernels import device
 from regard.primitives import reference
 
-__all__ = ["choose", "decode", "refuses", "run", "yields"]
+__all__ = ["choose", "decode", "place", "refuses", "run", "yields"]
 
 Part = tuple[Tensor, Tensor]
 BACKENDS = ("auto", "reference", "triton")
@@ -58,6 +59,7 @@ def decode(
     softcap: float | None = None,
     workers: int | None = None,
     check: bool | None = None,
+    part_of: PartOf | None = None,
     backend: str = "auto",
 ) -> Part:
     """Attention of the last `T` tokens of every request over all its keys; "triton" has no gradients.
@@ -80,6 +82,7 @@ def decode(
         workers: programs among which the tiles of all keys are divided; None: as many as the card runs at once.
         check: read `lengths` and `pages` first; None: on a CPU (elsewhere it waits for the device). Requests that share
             pages for reading, as those of a common prompt, go with False.
+        part_of: `k` and `v` are of some KV heads only: `q` has all of them, and answers go where this says.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -91,16 +94,44 @@ def decode(
 
     Source: LeanAttention (2405.10480).
     """
-    _check_shapes(q, k, v, lengths, pages, positions, q_positions)
+    own = q if part_of is None else q[:, : k.shape[1] * part_of.group]
+    _check_shapes(own, k, v, lengths, pages, positions, q_positions)
     if workers is not None and workers < 1:
         raise RegardError(f"decoding needs 1 worker or more, got {workers}")
     if check or (check is None and q.device.type == "cpu"):
         _check_values(k, lengths, pages)
-    name, _ = choose(q, k, v, backend=backend)
+    name, _ = choose(own, k, v, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = {"lengths": lengths, "pages": pages, "positions": positions, "q_positions": q_positions, "scale": scale}
     call |= {"sink": sink, "recent": recent, "causal": causal, "softcap": softcap}
-    return _reference(q, k, v, **call) if name == "reference" else _run(q, k, v, workers=workers, **call)
+    if name == "triton":
+        return _run(q, k, v, workers=workers, part_of=part_of, **call)
+    if part_of is None:
+        return _reference(q, k, v, **call)
+    mine = part_of.queries
+    out, lse = _reference(q.index_select(1, mine), k, v, **call)
+    return part_of.out.index_copy_(1, mine, out), part_of.lse.index_copy_(1, mine, lse)
+
+
+def place(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, /, *, slots: Tensor, heads: Tensor | None = None) -> None:
+    """Write a token of every request to its slot, which is read on the device.
+
+    Args:
+        k: `[B, Hk, 1, D]`.
+        v: `[B, Hk, 1, Dv]`.
+        keys: `[B, n, S, D]`, n = Hk without `heads`.
+        values: `[B, n, S, Dv]`.
+        slots: `[B]` integers; where no kernel writes, the first one counts for all requests.
+        heads: `[n]` integers, the heads of `k` and `v` that are written; None: all.
+    """
+    if device.refuses(k) is None:
+        from regard.kernels.cache import saw_int4 as kernels
+
+        if kernels.refuses_write(k, v, (keys,), (values,), None, None) is None:
+            kernels.write(k, v, (keys,), (values,), key=None, value=None, start=slots, heads=heads)
+            return
+    for held, new in ((keys, k), (values, v)):
+        held.index_copy_(2, slots[:1], new if heads is None else new.index_select(1, heads))
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None, bias: Tensor | None = None) -> str | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from regard.core.pattern import Pattern
 from regard.core.rules import Causal, Either, Rule, Sink, Window, covers
 from regard.core.step import Step
-from regard.core.store import Codec, Fields, Form, Kernels
+from regard.core.store import Codec, Fields, Form, Kernels, Part
 
 
 def kernels(x: Tensor, key: Codec | None, value: Codec | None) -> Kernels | str:
@@ -65,10 +65,11 @@ def write(
     key: Codec | None,
     value: Codec | None,
     at: int | Tensor,
+    heads: Tensor | None = None,
 ) -> None:
-    """Write `k`, `v` to the slots of `keys` and `values` from `at` on; a Tensor `[B]`: one a request."""
+    """Write `k`, `v`, or these heads of them, to the slots of `keys` and `values` from `at` on: see `Kernels.write`."""
     form_key, form_value = forms(key, value)
-    found.write(k, v, keys, values, key=form_key, value=form_value, start=at)
+    found.write(k, v, keys, values, key=form_key, value=form_value, start=at, heads=heads)
 
 
 def read(
@@ -83,6 +84,7 @@ def read(
     step: Step,
     scale: float,
     lengths: Tensor | None = None,
+    part_of: Part | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Attention of `q [B, H, T, D]` straight from codes: `(out, lse)`; None where no kernel does this exactly.
 
@@ -92,12 +94,14 @@ def read(
     found = kernels(q, key, value)
     band = span(pattern, keys[0].shape[2] if positions is None and lengths is None else None)
     form_key, form_value = forms(key, value)
-    if isinstance(found, str) or band is None or found.refuses(q, keys, values, form_key, form_value):
+    own = q if part_of is None else q[:, : part_of.group * keys[0].shape[1]]
+    if isinstance(found, str) or band is None or found.refuses(own, keys, values, form_key, form_value):
         return None
     return found.read(
         q, keys, values, key=form_key, value=form_value, scale=scale, lengths=lengths,
         positions=positions,
         q_positions=None if positions is None else step.queries(q.device), sink=band[0], recent=band[1],
+        part_of=part_of,
     )  # fmt: skip
 
 

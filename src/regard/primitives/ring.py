@@ -113,6 +113,10 @@ class Ring(Container):
         """Turn the layout, which has room for any number of arrivals."""
         if self.turned:
             return None
+        if not self.buffer.size:
+            # Without a past, the next token is all there will be.
+            self.buffer.reserve(self.turn)
+            self.buffer.size = self.turn
         device = self.buffer.fields[0].device
         slots, width = torch.arange(self.turn, device=device), self._width()
         last = self.length - 1
