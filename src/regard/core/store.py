@@ -53,14 +53,14 @@ class Part(NamedTuple):
 class Decoding(Protocol):
     """What fixed steps write and read with: `ops/decode.py`, handed in, since stores lie below it."""
 
-    def decode(self, q: Tensor, k: Tensor, v: Tensor, /, **call: Any) -> tuple[Tensor, Tensor]:
+    @property
+    def decode(self) -> Callable[..., tuple[Tensor, Tensor]]:
         """Attention over the first keys, of which a length on the device counts."""
         ...
 
-    def place(
-        self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, /, *, slots: Tensor, heads: Tensor | None
-    ) -> None:
-        """Write one token of each request into its slot."""
+    @property
+    def place(self) -> Callable[..., None]:
+        """Writes one token of each request into its slot."""
         ...
 
 
