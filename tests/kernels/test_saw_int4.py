@@ -15,6 +15,7 @@ from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Where
 from regard.core.step import Step
+from regard.core.store import Part
 from regard.kernels.cache import saw_int4 as kernel
 from regard.ops.attention import attend
 from regard.ops.cache import saw_int4 as paper
@@ -88,6 +89,34 @@ def compare(pair, q, k, v, **options):
     assert DEVICE != "cuda" or found is None
     found = read(pair, q, keys, values, **options)
     same(found, definition(pair, q, keys, values, 0.1, see))
+
+
+def test_some_heads_of_a_layer():
+    """Groups of KV heads are written from all heads, find their queries among all, and answer in their places."""
+    pair = codecs(64, 4, 4, None, False)
+    q, k, v = drawn_inputs(1, 8, 4, 1, 20, 64)
+    whole = [encoded(codec, x) for codec, x in zip(pair, (k, v), strict=True)]
+    out, lse = torch.full_like(q, torch.nan, device=DEVICE), torch.full((1, 8, 1), torch.nan, device=DEVICE)
+    for heads in ([3, 0], [1, 2]):
+        fields = [tuple(torch.zeros_like(field[:, heads]) for field in fields) for fields in whole]
+        named = torch.tensor(heads, device=DEVICE)
+        kernel.write(k.to(DEVICE), v.to(DEVICE), *fields, **forms(pair), heads=named)
+        for found, field in zip(sum(fields, ()), sum(whole, ()), strict=True):
+            assert torch.equal(found, field[:, heads])
+        read(pair, q, *fields, part_of=Part(named, 2, out, lse))
+    same((out, lse), definition(pair, q, *whole, 0.1, causal(1, 20)))
+
+
+@pytest.mark.parametrize("form", ["contiguous", "strided"])
+def test_vectors_as_they_come_go_to_a_slot_read_on_the_device(form):
+    k, v = (x.to(DEVICE) for x in drawn_inputs(2, 4, 2, 1, 1, 64)[1:])
+    k, v = (k, v) if form == "contiguous" else (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    keys, values = (torch.zeros(2, 1, 9, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    heads, slots = torch.tensor([1], device=DEVICE), torch.tensor([7, 7], device=DEVICE)
+    kernel.write(k, v, (keys,), (values,), key=None, value=None, start=slots, heads=heads)
+    for held, x in ((keys, k), (values, v)):
+        assert torch.equal(held[:, :, 7], x[:, 1:, 0])
+        assert held.count_nonzero() == x[:, 1:].count_nonzero()
 
 
 @pytest.mark.parametrize(
