@@ -17,6 +17,7 @@ from regard.core.placement import Where
 from regard.core.step import Step
 from regard.core.store import Part
 from regard.kernels.cache import saw_int4 as kernel
+from regard.ops import decode
 from regard.ops.attention import attend
 from regard.ops.cache import saw_int4 as paper
 from regard.primitives import codes as stored
@@ -306,6 +307,39 @@ def run(kind, pair, q, k, v, pattern, padding, *, kernels, monkeypatch, reads):
             children = held.children if kind == "split" else [held]
             outs.append((out, [f.clone() for child in children for f in child.buffer.read()]))
     return outs
+
+
+@pytest.mark.parametrize(
+    ("kind", "padded", "coded"),
+    [("full", True, True), ("ring", True, False), ("split", False, False), ("split", True, True)],
+)
+@torch.no_grad()
+def test_fixed_steps_on_the_kernels(kind, padded, coded, monkeypatch):
+    """A prompt, then fixed steps whose kernels write and read, against forwards in plain torch in float64."""
+    pair = codecs(64, 8, 4, 2, rotate_v=True) if coded else (None, None)
+    q, k, v = drawn_inputs(2, 4, 2, 14, 14, 64)
+    pattern = Pattern.sink(2) | Pattern.window(9)
+    pattern = {"full": Pattern.causal(), "ring": pattern,
+               "split": Pattern.stack_heads([Pattern.causal(), pattern])}[kind]  # fmt: skip
+    padding = torch.tensor([0, 4]) if padded else None
+    exact, held = store(kind, pair), store(kind, pair)
+    exact.append(*(x[:, :, :12].double() for x in (k, v)), Step(0, 12, 2, q.device, padding))
+    held.append(*(x[:, :, :12].to(DEVICE) for x in (k, v)), Step(0, 12, 2, torch.device(DEVICE), padding))
+    held.fix(8)
+    for at in range(12, 14):
+        now = slice(at, at + 1)
+        step = Step(at, 1, 2, q.device, padding)
+        wanted = exact.append(*(x[:, :, now].double() for x in (k, v)), step)
+        wanted = wanted.attend(q[:, :, now].double(), pattern=pattern, step=step, scale=0.1)
+        padding_there = None if padding is None else padding.to(DEVICE)
+        step = Step(at, 1, 2, torch.device(DEVICE), padding_there, at=torch.tensor([at], device=DEVICE))
+        with monkeypatch.context() as patch:
+            patch.setattr(paper.device, "refuses", lambda x: None)
+            patch.setattr(torch.Tensor, "index_copy_", None)
+            view = held.put(*(x[:, :, now].to(DEVICE) for x in (k, v)), step, decode)
+            found = view.attend(q[:, :, now].to(DEVICE), pattern=pattern, step=step, scale=0.1)
+        held.passed()
+        same(found, wanted)
 
 
 def test_gradients_and_what_the_kernel_cannot_do_are_left_to_torch(monkeypatch):
