@@ -305,18 +305,18 @@ def row(told: dict[str, Any]) -> dict[str, Any]:
     return {name: told.get(name, "") for name in COLUMNS} | {key: x for key, x in told.items() if key not in COLUMNS}
 
 
-def turns(calls: dict[str, Call], repeats: int) -> dict[str, Any]:
+def turns(calls: dict[str, Call], repeats: int, ahead: int = HEAD_START) -> dict[str, Any]:
     """Milliseconds of each side, spread over the repeats, sides taking turns."""
     found: dict[str, list[float]] = {side: [] for side in calls}
     for call in calls.values():
-        clock(call)
+        clock(call, ahead)
     for _ in range(repeats):
         for side, call in calls.items():
-            found[side].append(clock(call))
+            found[side].append(clock(call, ahead))
     return {side: spread(values) for side, values in found.items()}
 
 
-def clock(call: Call) -> float:
+def clock(call: Call, ahead: int = HEAD_START) -> float:
     """Milliseconds that the device works on a call; what the host needs to launch it is hidden, for all sides alike."""
     if not torch.cuda.is_available():
         began = time.perf_counter()
@@ -325,7 +325,7 @@ def clock(call: Call) -> float:
     began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     # While this many cycles pass, the host launches what follows.
-    torch.cuda._sleep(HEAD_START)
+    torch.cuda._sleep(ahead)
     began.record()
     call()
     ended.record()

@@ -1,11 +1,13 @@
-"""SLA against full attention: milliseconds forward and backward, by semantics, in one run.
+"""SLA against full attention: milliseconds forward and backward, by size of the blocks and semantics, in one run.
 
 Checked first against the definition in float64 at 2,000 tokens, output and gradients. Full attention is torch's, by
-FlashAttention-2 and by cuDNN. Sides take turns. On a CPU it runs with small sizes (`tokens=512 check=200`).
+FlashAttention-2 and by cuDNN. Sides take turns, each launched behind a pause, so that the device alone is timed. On a
+CPU it runs with small sizes (`tokens=512 check=512 percent=40`).
 """
 
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cases.state_step import clock, turns
+from cases.patterns import clock, turns
 from regard.core.errors import RegardError
 from regard.ops.sparsity.sla import CARD, attend
 from regard.search import facts
@@ -22,71 +24,75 @@ from regard.search import facts
 MOST = 0.03  # error of bfloat16, norm over norm
 PEERS = {"FlashAttention-2": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
 Call = Callable[[], Any]
+AHEAD = 16_000_000  # cycles of the pause, 8 ms on an H200: a backward is some sixty launches
 
 
 def run(
-    tokens: int = 32_760, heads: int = 12, width: int = 128, percent: int = 5, block: int = 64, rows: int = 64,
-    check: int = 2000, repeats: int = 10, steps: int = 3,
+    tokens: int = 32_760, heads: int = 12, width: int = 128, percent: int = 5, block: int = 0, check: int = 2000,
+    repeats: int = 10,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
-    """A row for every semantics and phase.
+    """A row for every size, semantics and phase.
 
     Args:
         tokens: of the one row.
         heads: of queries, keys and values.
         width: of a head.
         percent: of key blocks that are critical.
-        block: tokens of a block of keys.
-        rows: tokens of a block of queries.
+        block: tokens of a block of queries and of one of keys; 0: both of the paper's sizes, 64 and 128.
         check: tokens of the problem that is checked; 0: none.
         repeats: timings of each side, taking turns.
-        steps: calls in one timing.
 
     Raises:
         RegardError: a result or a gradient is not that of the definition.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    blocks = [block] if block else [64, 128]
     told = facts.machine(SimpleNamespace(device=device)) | {
-        "tokens": tokens, "heads": heads, "width": width, "percent": percent, "block": [rows, block],
-        "repeats": repeats, "steps": steps, "dtype": str(dtype),
+        "tokens": tokens, "heads": heads, "width": width, "percent": percent, "blocks": blocks,
+        "repeats": repeats, "dtype": str(dtype),
     }  # fmt: skip
-    call = {"critical": percent / 100, "rows": rows, "keys": block}
-    errors = {s: errors_of(s, check, width, call, device, dtype) for s in semantics()} if check else {}
+    settings = {
+        (size, name): {"semantics": name, "critical": percent / 100, "rows": size, "keys": size}
+        for size in blocks
+        for name in semantics()
+    }
+    errors = {key: errors_of(call, check, width, device, dtype) if check else {} for key, call in settings.items()}
     given = drawn(heads, tokens, width, device, dtype)
-    sides: dict[str, Callable[..., Tensor]] = {
-        s: (lambda *x, s=s: attend(*x, semantics=s, **call)) for s in semantics()
+    sides: dict[Any, Callable[..., Tensor]] = {
+        key: (lambda *x, call=call: attend(*x, **call)) for key, call in settings.items()
     }
     if device.type == "cuda":
         sides |= {name: peer(kind) for name, kind in PEERS.items()}
     forward, both, memory = {}, {}, {}
-    for name, side in sides.items():
-        first = clock(lambda side=side: side(*given))
-        forward[name], both[name] = (lambda side=side: quiet(side, given)), (lambda side=side: learn(side, given))
-        first_backward = clock(both[name])
-        memory[name] = (first, first_backward, peak(both[name], device))
-    timed = {phase: turns(calls, "launch", steps, repeats) for phase, calls in (("forward", forward), ("both", both))}
+    for key, side in sides.items():
+        forward[key], both[key] = (lambda side=side: quiet(side, given)), (lambda side=side: learn(side, given))
+        first = clock(forward[key]) + clock(both[key])
+        memory[key] = (first / 1e3, peak(both[key], device))
+    timed = {phase: turns(calls, repeats, AHEAD) for phase, calls in (("forward", forward), ("both", both))}
     rows_made = []
-    for name in semantics():
+    for key in settings:
         for phase in ("forward", "backward"):
             ms = {side: found(timed, side, phase) for side in sides}
             rows_made.append(
-                {"semantics": name, "phase": phase, "ms": ms[name]}
-                | {f"{other} / ours": ms[other] / ms[name] for other in sides if other in PEERS}
+                {"block": key[0], "semantics": key[1], "phase": phase, "ms": ms[key]}
+                | {f"{other} / ours": ms[other] / ms[key] for other in sides if other in PEERS}
                 | {f"{other} ms": ms[other] for other in sides if other in PEERS}
-                | {"first s": sum(memory[name][:2]), "peak MiB": memory[name][2], "errors": errors.get(name, {})}
+                | {"first s": memory[key][0], "peak MiB": memory[key][1], "errors": errors[key]}
             )
-    return told | {"timings": timed}, rows_made
+    spreads = {phase: {str(side): asdict(x) for side, x in by.items()} for phase, by in timed.items()}
+    return told | {"timings in ms": spreads}, rows_made
 
 
 def semantics() -> tuple[str, ...]:
     return CARD.options["semantics"].choices
 
 
-def found(timed: dict[str, dict[str, list[float]]], side: str, phase: str) -> float:
+def found(timed: dict[str, dict[Any, Any]], side: Any, phase: str) -> float:
     """Milliseconds of a phase; the backward is both less the forward, pair by pair."""
-    forward, both = (timed[p][side] for p in ("forward", "both"))
+    forward, both = (timed[p][side].values for p in ("forward", "both"))
     values = forward if phase == "forward" else [b - f for b, f in zip(both, forward, strict=True)]
-    return statistics.median(values) * 1e3
+    return statistics.median(values)
 
 
 def drawn(heads: int, tokens: int, width: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
@@ -100,7 +106,7 @@ def drawn(heads: int, tokens: int, width: int, device: torch.device, dtype: torc
 
 
 def errors_of(
-    name: str, tokens: int, width: int, call: dict[str, Any], device: torch.device, dtype: torch.dtype
+    call: dict[str, Any], tokens: int, width: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, float]:
     """Errors of output and gradients against the definition in float64."""
     given = drawn(2, tokens, width, device, dtype)
@@ -109,12 +115,12 @@ def errors_of(
     wide = call | {"critical": max(call["critical"], 0.2)}
     results = []
     for tensors, backend in ((given, "auto"), (exact, "dense")):
-        out = attend(*tensors, semantics=name, backend=backend, **wide)
+        out = attend(*tensors, backend=backend, **wide)
         results.append((out, *torch.autograd.grad(out, tensors, dout.to(out.dtype))))
     names = ("out", "dq", "dk", "dv", "dw", "db")
     errors = {n: ((a.double() - b).norm() / b.norm()).item() for n, a, b in zip(names, *results, strict=True)}
     if not max(errors.values()) <= MOST:
-        raise RegardError(f"semantics {name!r} errs by {errors}, more than {MOST}")
+        raise RegardError(f"SLA with {call} errs by {errors}, more than {MOST}")
     return errors
 
 

@@ -355,3 +355,22 @@ def test_other_models_are_named():
         tokens.read(tf.LlavaOnevisionConfig(), batch)
     with pytest.raises(RegardError, match=r"query is torch.int64 \[2, 44\], expected bool \[2, 44\]"):
         tokens.read(vlms.tiny("llava")[0], batch, query=batch["input_ids"])
+
+
+def test_a_map_is_moved_and_repeated_once_a_request(monkeypatch):
+    """However many tokens are decoded, with beams and without."""
+    model: Any = tiny_text("llama")
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    ids, seen, repeat = mask * 7, [], Counter()
+    said, whole = requests.Requests._said, TokenMap.repeat
+    monkeypatch.setattr(requests.Requests, "_said", lambda *told: seen.append(said(*told)) or seen[-1])
+    monkeypatch.setattr(TokenMap, "repeat", lambda self, times: repeat.update([times]) or whole(self, times))
+    told = TokenMap.of_text(mask)
+    with regard.attach(model, EXACT) as handle, handle.reading(told):
+        for beams in (1, 3, 1):
+            seen.clear()
+            model.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False, num_beams=beams)
+            assert len(seen) == 4
+            assert len(set(map(id, seen))) == 1
+            assert (seen[0] is told) == (beams == 1)
+    assert repeat == {3: 1}

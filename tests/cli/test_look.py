@@ -79,6 +79,16 @@ def test_steer(regard_command, tiny_folder, tmp_path):
     assert "[-" not in neutral.out
 
 
+def test_steer_finds_what_a_mechanism_has_to_know(regard_command, shapes_folder):
+    words = ("steer", shapes_folder, "--prompt", "is there a red circle ?", "--with", "paint", "--max-new-tokens", 2)
+    done = regard_command(*words, "--image", shapes_folder / "image.png", "alpha=5", "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["with"]["tokens"] <= 2
+    without = regard_command(*words)
+    assert without.code == 2
+    assert "'paint' needs visual tokens, and the token map has none" in without.err
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -5,7 +5,7 @@ import torch
 
 import regard
 from contracts.decoding import GENERATE, at_once, forced, prompts
-from contracts.subjects import MECHANISMS, example
+from contracts.subjects import MECHANISMS, example, telling
 from families import tiny
 from regard import Pattern
 from regard.adapters.families import open_decoder
@@ -13,6 +13,13 @@ from regard.adapters.memory import live_bytes
 from regard.catalog import find
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _reading():
+    with telling():
+        yield
+
 
 PATTERNS = {
     "full": None,

@@ -24,9 +24,10 @@ from regard.primitives import codes as stored
 from regard.primitives.full import Full
 from regard.primitives.head_split import HeadSplit
 from regard.primitives.ring import Ring
-from running import DEVICE, FLOATS, close, drawn, filled_with_nan
+from running import DEVICE, close, drawn, filled_with_nan
 
-MOST = 2 * FLOATS[torch.bfloat16]
+# Rounded to the nearest in the interpreter too, so as on a GPU.
+MOST = 2**-7
 
 
 def codecs(D, key=4, value=4, block=None, rotate_v=False):

@@ -43,16 +43,15 @@ def test_equals_the_definition(monkeypatch, shape, tiles, window, dtype, padded)
     call = {"tiles": tiles, "real": real, "scale": 0.3, "first": S - T, "window": window}
     assert op.refuses(q.double(), k.double(), None)
     mass, entropy = op.totals(q.double(), k.double(), lse, **call)
+    q, k, lse, real = q.to(DEVICE), k.to(DEVICE), lse.float().to(DEVICE), real.to(DEVICE)
     assert op.refuses(q, k, None) is None
-    on_card = {**call, "real": real.to(DEVICE)}
-    found, spread = op.totals(q.to(DEVICE), k.to(DEVICE), lse.float().to(DEVICE), **on_card)
+    found, spread = op.totals(q, k, lse, **call | {"real": real})
     most = FLOATS[torch.float32] * 4
     close(found, mass, most)
     close(spread, entropy, most)
-    rows = real[:, S - T :].sum(1)
+    rows = real[:, S - T :].sum(1).cpu()
     torch.testing.assert_close(mass.sum((2, 3)), rows[:, None].double().expand(B, H))
-    again = totals(q.to(DEVICE), k.to(DEVICE), lse.float().to(DEVICE), real=real.to(DEVICE), tiles=tiles,
-                   scale=0.3, first=S - T, window=window, entropy=False)  # fmt: skip
+    again = totals(q, k, lse, real=real, tiles=tiles, scale=0.3, first=S - T, window=window, entropy=False)
     assert again[1] is None
 
 

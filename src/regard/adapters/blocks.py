@@ -28,11 +28,12 @@ def open_block(surgery: Surgery, decoder: Decoder, index: int, requests: Request
         for part in PARTS:
             hook = _writing(part, index, requests)
             surgery.hook(decoder.part(index, f"{part}_out").register_forward_hook(hook))
-        surgery.hook(block.register_forward_hook(_writing("layer", index, requests)))
     if slots.feed:
         _feed(surgery, decoder, index, requests)
     if slots.rows:
         surgery.set(block, "forward", _some_rows(block.forward, index, requests))
+    if slots.write:
+        surgery.set(block, "forward", _leaving(block.forward, index, requests))
 
 
 def _watching(index: int, requests: Requests) -> Callable[..., None]:
@@ -49,7 +50,7 @@ def _watching(index: int, requests: Requests) -> Callable[..., None]:
 
 def _writing(part: str, index: int, requests: Requests) -> Callable[..., Any]:
     @eager
-    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+    def hook(module: nn.Module | None, args: Any, out: Any) -> Any:
         layer = requests.layer(index)
         step = layer.step
         assert step is not None
@@ -59,6 +60,16 @@ def _writing(part: str, index: int, requests: Requests) -> Callable[..., Any]:
         return (x, *out[1:]) if isinstance(out, tuple) else x
 
     return hook
+
+
+def _leaving(whole: Callable[..., Any], index: int, requests: Requests) -> Callable[..., Any]:
+    """A layer's forward with its output edited; no hook, so that all of a layer is in its forward."""
+    edited = _writing("layer", index, requests)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return edited(None, args, whole(*args, **kwargs))
+
+    return run
 
 
 def _feed(surgery: Surgery, decoder: Decoder, index: int, requests: Requests) -> None:

@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 from regard import catalog
 from regard.adapters import seam
 from regard.adapters.bind import Bound, bind
+from regard.adapters.blind import Blind
 from regard.adapters.blocks import open_block
 from regard.adapters.branches import Branches
 from regard.adapters.cache_layer import StoreView, eager
@@ -97,6 +98,7 @@ class Handle:
         self._requests = Requests(decoder, decoder.config, bound.slots, recipe)
         self._branches: Branches | None = None
         self._steps = FixedSteps(self._requests, decoder.module, bound) if graphs else None
+        self._blind = Blind.of(decoder, self._requests)
         # Whether the forward that runs was to leave no cache: it runs on one all the same.
         self._unasked = False
         self._surgery = seam.Surgery()
@@ -279,6 +281,8 @@ class Handle:
         given["past_key_values"] = self._requests.begin(
             tokens, given.get("past_key_values"), given.get("attention_mask")
         )
+        if self._blind is not None:
+            self._blind.follow(given)
         return (), given
 
     @eager

@@ -43,6 +43,8 @@ class Requests:
         self._prompt: int | None = None
         self._marks: Tensor | tuple[int, int] | None = None
         self._tokens: TokenMap | None = None
+        # It where forwards run, with its rows as often as batches have them: made once, whatever is decoded.
+        self._moved: dict[tuple[torch.device, int], TokenMap] = {}
 
     @contextmanager
     def responding(self) -> Iterator[None]:
@@ -96,11 +98,12 @@ class Requests:
         """Tokens of requests inside are what `tokens` says."""
         if not isinstance(tokens, TokenMap):
             raise RegardError(f"what tokens are is said by a TokenMap, got {type(tokens).__name__}")
-        before, self._tokens = self._tokens, tokens
+        before = (self._tokens, self._moved)
+        self._tokens, self._moved = tokens, {}
         try:
             yield
         finally:
-            self._tokens = before
+            self._tokens, self._moved = before
 
     @contextmanager
     def aside(self, prompt: int) -> Iterator[None]:
@@ -111,6 +114,16 @@ class Requests:
             yield
         finally:
             self._aside, self._responding, self._prompt = before
+
+    @contextmanager
+    def inside(self, step: Step, cache: StoreCache) -> Iterator[None]:
+        """Layers run inside belong to a forward `step` that was begun aside, on `cache`."""
+        before = (self._aside, self.step, self.cache)
+        self._aside, self.step, self.cache = True, step, cache
+        try:
+            yield
+        finally:
+            self._aside, self.step, self.cache = before
 
     @property
     def marked(self) -> bool:
@@ -200,14 +213,14 @@ class Requests:
         if self._tokens is None or self._aside:
             return None
         times = self._times("a token map", self._tokens.rows, batch)
-        tokens = self._tokens.to(device)
-        tokens = tokens if times == 1 else tokens.repeat(times)
-        told = tokens.of(Kind.PADDING)[:, :stop].long().cumprod(1).sum(1)
-        found = torch.zeros(1, dtype=torch.long, device=device) if padding is None else padding
-        if bool((told != found).any()):
-            raise RegardError(
-                f"the token map has {told.tolist()} padding tokens on the left, the request {found.tolist()}"
-            )
+        tokens = self._moved.get((device, times))
+        if tokens is None:
+            tokens = self._tokens.to(device)
+            tokens = self._moved[device, times] = tokens if times == 1 else tokens.repeat(times)
+        told = tokens.padding.clamp(max=stop)
+        if tokens.padded if padding is None else bool((told != padding).any()):
+            found = [0] if padding is None else padding.tolist()
+            raise RegardError(f"the token map has {told.tolist()} padding tokens on the left, the request {found}")
         return tokens
 
     def _times(self, what: str, rows: int, batch: int) -> int:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Annotated, Any
@@ -52,7 +53,7 @@ def steer(
     placed = _recipe(recipe, mechanisms or (), options or ())
     network, tokenizer = open_model(model, device, dtype)
     asked = ask(model, network, tokenizer, with_text(text, prompt), image, raw)
-    found = _both(network, tokenizer, asked, placed, max_new_tokens)
+    found = _both(network, tokenizer, _told(network, asked, placed), placed, max_new_tokens)
     if json:
         print_json({**found, "same": found["without"]["text"] == found["with"]["text"], "recipe": placed.digest})
         return
@@ -95,6 +96,15 @@ def _owner(told: str, entries: dict[str, catalog.Entry]) -> tuple[str, str]:
     if len(owners) > 1:
         raise RegardError(f"option {name!r} is of {' and '.join(owners)}: write {owners[0]}.{name}=...")
     return owners[0], name
+
+
+def _told(network: Any, asked: Asked, recipe: Any) -> Asked:
+    """`asked` with what the recipe's mechanisms have to know of its tokens beside their kinds."""
+    for stem in dict.fromkeys(place.stem for place in recipe.placements):
+        tell = getattr(catalog.load(stem), "tell", None)
+        if tell is not None:
+            asked = replace(asked, tokens=tell(network, asked.inputs, asked.tokens))
+    return asked
 
 
 def _both(network: Any, tokenizer: Any, asked: Asked, recipe: Any, length: int) -> dict[str, dict[str, Any]]:

@@ -38,10 +38,15 @@ class Prepare:
 
 @dataclass(frozen=True)
 class Mix:
-    """Site `heads`: per-head outputs, `run(out [B, H, T, Dv], step, state) -> out`."""
+    """Site `heads`: per-head outputs, `run(out [B, H, T, Dv], step, state) -> out`.
+
+    `compares`: with those of the prompt without its image. `step.blind` runs that prompt's layers one by one beside
+    the forward that completes the request's; `run` is asked there too, by a step without a token map.
+    """
 
     name: str
     run: Callable[[Tensor, Step, State], Tensor]
+    compares: bool = False
 
 
 @dataclass(frozen=True)

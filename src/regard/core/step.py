@@ -1,5 +1,6 @@
 """What one forward pass is, told to every layer and store by the adapter; never guessed from shapes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,8 @@ class Step:
         at: `[1]` int64, `start` on the device, in a fixed step: a forward of one token whose work may be recorded and
             done again later, so that nothing in it may follow from `start` itself. None: any other forward.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
+        blind: `blind(layer, told)` runs the prompt without its image up to and with `layer`, `told` in its scratch,
+            and returns that scratch; None: this forward does not bring the prompt's end, or nobody compares.
     """
 
     start: int
@@ -41,6 +44,7 @@ class Step:
     rows: Tensor | None = None
     at: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
+    blind: Callable[[int, dict[Any, Any]], dict[Any, Any]] | None = None
 
     @property
     def stop(self) -> int:

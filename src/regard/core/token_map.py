@@ -124,6 +124,16 @@ class TokenMap:
             count[span.row] += 1
         return found
 
+    @cached_property
+    def padding(self) -> Tensor:
+        """`[1|B]` int64: padding tokens on the left."""
+        return self.of(Kind.PADDING).long().cumprod(1).sum(1)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether a row is padded on the left."""
+        return bool(self.padding.any())
+
     def of(self, *kinds: Kind) -> Tensor:
         """`[1|B, n]` bool: tokens of one of these kinds."""
         return torch.isin(self.kinds, torch.tensor(kinds, dtype=torch.int8, device=self.kinds.device))

@@ -4,6 +4,7 @@ A step of a small model is hundreds of kernels of a few microseconds, which Pyth
 them. A replay is one launch.
 """
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -39,6 +40,19 @@ def own_stream(device: torch.device) -> Iterator[AbstractContextManager]:
         yield torch.cuda.stream(stream)
     finally:
         before.wait_stream(stream)
+
+
+@contextmanager
+def _nothing_freed() -> Iterator[None]:
+    """No garbage is collected within: to free another graph while one is captured breaks the capture."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Replay:
@@ -104,7 +118,7 @@ class Replay:
         self.inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(self.device)):
+            with _nothing_freed(), torch.cuda.graph(graph, stream=torch.cuda.current_stream(self.device)):
                 self.out = self.work(*self.inputs)
         except RuntimeError as error:
             # What a broken capture leaves of torch's allocator and random states is nothing to go on with.

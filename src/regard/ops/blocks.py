@@ -8,9 +8,9 @@ from regard.kernels import device
 from regard.primitives.block_list import build
 
 SIZE = (128, 128)
-# Pairs of query and key from which lists pay, where torch would need a mask of all pairs: a guess, which
-# benchmarks/cases/crossover.py measures.
-PAIRS = 2**18
+# Pairs of query and key from which lists pay, where torch would need a mask of all pairs. It is the smallest size
+# measured: there they take 0.4 of the mask's time, 0.8 with gradients (results/crossover-nvidia-h200.json).
+PAIRS = 2**16
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, size: tuple[int, int] = SIZE) -> str | None:

@@ -25,9 +25,11 @@ def plausible(out: Tensor, z: Tensor, beta: float) -> Tensor:
     return out if beta <= 0 else out.masked_fill(z < z.amax(-1, keepdim=True) + math.log(beta), -torch.inf)
 
 
-def packed(ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """The `kept` ones (bool) of `ids [B, N]`, padded on the left with 0, and their mask, int64."""
+def packed(tokens: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The `kept [B, N]` ones (bool) of `tokens [B, N, ...]`, padded on the left with 0, and their mask, int64."""
     counts = kept.sum(1)
     longest = int(counts.max())
-    real = torch.arange(longest, device=ids.device) >= (longest - counts)[:, None]
-    return ids.new_zeros(real.shape).masked_scatter(real, ids[kept]), real.long()
+    real = torch.arange(longest, device=tokens.device) >= (longest - counts)[:, None]
+    out = tokens.new_zeros(*real.shape, *tokens.shape[2:])
+    out[real] = tokens[kept]
+    return out, real.long()

@@ -4,6 +4,8 @@
 lies (`kernels/attention/decode.py`). A named backend never falls back.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -80,8 +82,7 @@ def decode(
         scale: of the scores; None: `D ** -0.5`.
         softcap: `s` becomes `softcap * tanh(s / softcap)`.
         workers: programs among which the tiles of all keys are divided; None: as many as the card runs at once.
-        check: read `lengths` and `pages` first; None: on a CPU (elsewhere it waits for the device). Requests that share
-            pages for reading, as those of a common prompt, go with False.
+        check: read `lengths` and `pages` first (None: on a CPU only); False where requests share pages for reading.
         part_of: `k` and `v` are of some KV heads only: `q` has all of them, and answers go where this says.
         backend: "auto", "reference" or "triton".
 
@@ -95,22 +96,22 @@ def decode(
     Source: LeanAttention (2405.10480).
     """
     own = q if part_of is None else q[:, : k.shape[1] * part_of.group]
-    _check_shapes(own, k, v, lengths, pages, positions, q_positions)
-    if workers is not None and workers < 1:
-        raise RegardError(f"decoding needs 1 worker or more, got {workers}")
+    _check_shapes(own, k, v, lengths, pages, positions, q_positions, workers)
     if check or (check is None and q.device.type == "cpu"):
         _check_values(k, lengths, pages)
-    name, _ = choose(own, k, v, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = {"lengths": lengths, "pages": pages, "positions": positions, "q_positions": q_positions, "scale": scale}
     call |= {"sink": sink, "recent": recent, "causal": causal, "softcap": softcap}
-    if name == "triton":
+    if choose(own, k, v, backend=backend)[0] == "triton":
         return _run(q, k, v, workers=workers, part_of=part_of, **call)
-    if part_of is None:
-        return _reference(q, k, v, **call)
-    mine = part_of.queries
+    return _reference(q, k, v, **call) if part_of is None else _in_place(q, k, v, part_of, **call)
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, part: PartOf, **call: Any) -> Part:
+    """`_reference` of the heads that `part` names, written to their places."""
+    mine = part.queries
     out, lse = _reference(q.index_select(1, mine), k, v, **call)
-    return part_of.out.index_copy_(1, mine, out), part_of.lse.index_copy_(1, mine, lse)
+    return part.out.index_copy_(1, mine, out), part.lse.index_copy_(1, mine, lse)
 
 
 def place(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, /, *, slots: Tensor, heads: Tensor | None = None) -> None:
@@ -221,8 +222,11 @@ def _check_shapes(
     pages: Tensor | None,
     positions: Tensor | None,
     q_positions: Tensor | None,
+    workers: int | None,
 ) -> None:
-    """Raise RegardError for arguments that do not belong together."""
+    """Raise RegardError for arguments that do not belong together, and for too few workers."""
+    if workers is not None and workers < 1:
+        raise RegardError(f"decoding needs 1 worker or more, got {workers}")
     four = q.dim() == k.dim() == v.dim() == 4
     rows = four and (pages is not None or q.shape[0] == k.shape[0])
     if not (rows and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):

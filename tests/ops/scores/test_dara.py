@@ -82,7 +82,7 @@ def test_gradients_of_factors_are_right_and_reach_them_through_a_model(mode):
 def test_bad_factors_and_a_missing_map_are_named():
     with pytest.raises(regard.RegardError, match=r"\[layers, heads, images\] = \[2, 4, 1 or more\], got \[2, 3, 2\]"):
         made(factors=torch.ones(2, 3, 2))
-    with pytest.raises(regard.RegardError, match=r"needs factors \[layers, heads, images\]; train some"):
+    with pytest.raises(regard.RegardError, match=r"needs factors \[layers, heads, images\]; fit some"):
         made(factors=None)
     with pytest.raises(regard.RegardError, match="not finite"):
         made(factors=torch.full((2, 4, 1), torch.nan))

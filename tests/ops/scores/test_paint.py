@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import regard
+import vlms
 from contracts.decoding import at_once, prompts
 from families import tiny
 from regard.core.placement import Where
 from regard.core.token_map import Span, TokenMap
+from regard.models import vlm
 from regard.ops.scores import paint
 from steered import drawn, maps, scores, softmax
 
@@ -83,6 +85,29 @@ def test_planted_outliers_are_the_summary_and_the_sets_are_apart():
     assert not (local & summary).any()
     best = early[:, :, 0, 1:].sum(1).topk(16).indices
     assert all(set(local[b].nonzero()[:, 0].tolist()) == set(best[b].tolist()) - {7, 19} for b in range(2))
+
+
+def test_the_sets_are_told_from_the_model_s_own_encoder():
+    pytest.importorskip("PIL")
+    model, _ = vlm.build(["yes"])
+    patches = (vlm.SIDE // vlm.PATCH) ** 2
+    pixels = torch.randn(2, 3, vlm.SIDE, vlm.SIDE, generator=torch.Generator().manual_seed(0))
+    bare = TokenMap.of_text(torch.ones(2, patches + 3), (Span(0, 1, patches + 1), Span(1, 2, patches + 2)))
+    found = paint.tell(model, {"pixel_values": pixels}, bare)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        seen = tower(pixels, output_attentions=True).attentions
+    wanted = paint.marked(bare, *paint.sets(seen[0], seen[-2], patches))
+    assert wanted.sets["local"].any()
+    assert all(torch.equal(found.sets[name], wanted.sets[name]) for name in ("local", "summary"))
+    assert paint.tell(model, {}, bare) is bare
+    with pytest.raises(regard.RegardError, match="not one for each of 2 spans; say them yourself"):
+        paint.tell(model, {"pixel_values": pixels[:1]}, bare)
+    with pytest.raises(regard.RegardError, match="that of LlavaForConditionalGeneration has one layer"):
+        paint.tell(vlms.tiny("llava")[0], {"pixel_values": pixels}, bare)
+    with pytest.raises(regard.RegardError, match="the image encoder of Qwen2_5_VLForConditionalGeneration has none"):
+        paint.tell(vlms.tiny("qwen2_5_vl")[0], {"pixel_values": pixels}, bare)
 
 
 def test_encoders_and_sets_that_do_not_fit_are_named():

@@ -169,11 +169,8 @@ def _decode(
     query, mine, count = rows // GROUP, rows < T * GROUP, T * GROUP
     while place < stop:
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
-        last = tl.minimum(tiles, first + stop - place)
-        held = intervals.keys(LENGTHS, row, room)
-        named = head
-        if NAMED is not None:
-            named = tl.load(NAMED + head).to(tl.int32)
+        last, held = tl.minimum(tiles, first + stop - place), intervals.keys(LENGTHS, row, room)
+        named = intervals.named(NAMED, head)
         spot = row.to(tl.int64) * sq[0] + (named * GROUP + rows % GROUP) * sq[1] + query * sq[2]
         q = tl.load(Q + spot[:, None] + width[None, :] * sq[3], mask=mine[:, None] & (width < D)[None, :], other=0.0)
         asked = query  # full attention does not place its queries among the keys
@@ -182,8 +179,7 @@ def _decode(
         elif CUT or recent is not None:
             asked += held - T
         peak = tl.full((ROWS,), -float("inf"), tl.float32)
-        mass = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
+        mass, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_V), tl.float32)
         if PAGE is not None:
             # A tile within a page needs one entry of the table, read while the tile before it is.
             ENTRIES, newest = PAGES + row.to(tl.int64) * pages_row, tl.maximum(held, 1) - 1
@@ -277,9 +273,7 @@ def _merge(
             mass = mass * old + tl.sum(masses * weights, 0)
             acc = acc * old + tl.sum(pieces * weights[:, None], 0)
             peak = top
-        one, named = tl.zeros((1,), tl.float32), head
-        if NAMED is not None:
-            named = tl.load(NAMED + head).to(tl.int32)
+        one, named = tl.zeros((1,), tl.float32), intervals.named(NAMED, head)
         _finish(OUT, LSE, line + tl.arange(0, 1), row, named, total, T, peak + one, mass + one, acc[None, :],
                 GROUP, DV, BLOCK_V)  # fmt: skip
 

@@ -288,9 +288,7 @@ def _read_codes(
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
         last = tl.minimum(tiles, first + stop - place)
         held = intervals.keys(LENGTHS, row, room)
-        row, named = row.to(tl.int64), head
-        if NAMED is not None:
-            named = tl.load(NAMED + head).to(tl.int32)
+        row, named = row.to(tl.int64), intervals.named(NAMED, head)
         spot = row * q_row + (named * GROUP + column % GROUP) * q_head + (column // GROUP) * q_token
         q = tl.load(Q + spot[:, None] + tl.arange(0, D)[None, :] * q_channel, mask=mine[:, None], other=0.0)
         asked = column // GROUP
@@ -396,14 +394,14 @@ def _weighed(
         v = _vector(V, base, spot, here, DV, 0.0)
         acc = acc * old[None, :] + dot(tl.trans(v), to_bfloat16(p))
     else:
-        CENTRE: tl.constexpr = 8.0 if VALUE == 4 else 128.0
-        OFFSET: tl.constexpr = CENTRE + (128.0 if VALUE == 4 else 128.0 * 17)
+        OFFSET: tl.constexpr = 128.0 if VALUE == 4 else 128.0 * 17
         base, spot = _vectors(PAGES, row, head, begin, local, here, va_row, va_head, pages_row, PAGE)
         affine = tl.load(VA + base + spot, mask=here, other=0)
         step, lo = step_and_lo(affine)
         weight = to_bfloat16(p * step[:, None])
-        # Codes are multiplied by what was rounded, so that is what their offset is taken off by.
-        more = p * (lo + CENTRE * step)[:, None] - OFFSET * weight.to(tl.float32)
+        # What was rounded weighs all of `code + lo / step`: rounding that falls on codes alone falls on all channels
+        # alike, and rotating back piles it up in one. A slot without a key has a step of 0.
+        more = (lo / tl.where(step > 0, step, 1.0) - OFFSET)[:, None] * weight.to(tl.float32)
         rest = rest * old[None, :] + _folded(more, TILE, COLUMNS)
         codes = _columns(
             _half(V, PAGES, row, head, begin, held, v_row, v_head, pages_row, 0, DV, VALUE, PAGE, TILE),
@@ -488,8 +486,7 @@ def _merge(
         acc = acc * old[:, None] + tl.sum(pieces * weights[:, None], 0)[None, :]
         m = top
     some = tl.where(mass == 0, 1.0, mass)
-    if NAMED is not None:
-        head = tl.load(NAMED + head).to(tl.int32)
+    head = intervals.named(NAMED, head)
     one, spot = tl.arange(0, 1), ((row * total + head) * GROUP + line % GROUP).to(tl.int64) * T + line // GROUP
     tl.store(LSE + spot + one, tl.where(mass == 0, -float("inf"), (m + tl.log2(some)) * 0.6931471805599453))
     out = rotated(acc / some[:, None], 1, DV, TURN)
@@ -512,9 +509,7 @@ def _write_codes(
     row, head, here = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads, token < T
     if STARTS is not None:
         start = tl.load(STARTS + row).to(tl.int32)
-    named = head
-    if NAMED is not None:
-        named = tl.load(NAMED + head).to(tl.int32)
+    named = intervals.named(NAMED, head)
     if tl.program_id(2) == 0:
         x = XK + row * xk_row + named * xk_head + token.to(tl.int64)[:, None] * xk_token
         x = tl.load(x + tl.arange(0, D)[None, :] * xk_channel, mask=here[:, None], other=0.0)

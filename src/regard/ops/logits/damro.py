@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from regard.core.card import Card, Option
 from regard.core.errors import RegardError
 from regard.core.placement import Where
 from regard.core.slots import BranchSpec, Contrast, Image, Sight
+from regard.ops import class_token
 from regard.ops.branching import weighted
 
 CARD = Card(
@@ -139,7 +139,8 @@ def _caught(sight: Sight) -> tuple[Tensor, Tensor, int]:
             f"'damro' reads the attention of a class token, and {sight.caught}; lend scores of the "
             "image's tokens: handle.lending(scores)"
         )
-    return sight.caught["q_proj"], sight.caught["k_proj"], sight.caught["heads"]
+    seen, heads = sight.caught
+    return seen["q_proj"], seen["k_proj"], heads
 
 
 @contextmanager
@@ -149,25 +150,16 @@ def _watched(model: nn.Module, lent: Any) -> Iterator[Any]:
     if isinstance(layer, str) or lent is not None:
         yield layer if isinstance(layer, str) else None
         return
-    caught: dict[str, Any] = {"heads": layer.num_heads}
-
-    def note(name: str, module: nn.Module, args: Any, out: Tensor) -> None:
-        caught[name] = out
-
-    hooks = [getattr(layer, name).register_forward_hook(partial(note, name)) for name in ("q_proj", "k_proj")]
-    try:
-        yield caught
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with class_token.watching([layer]) as caught:
+        yield caught[0], layer.num_heads
 
 
 def _layer(model: nn.Module) -> Any:
     """The attention of the encoder layer whose output is projected, or a reason in words."""
-    tower = next((part for name, part in model.named_modules() if name.split(".")[-1] == "vision_tower"), None)
-    if tower is None or not any(name.split(".")[-1] == "class_embedding" for name, _ in tower.named_parameters()):
-        return f"the image encoder of {type(model).__name__} has none"
-    layers = [part for part in tower.modules() if hasattr(part, "q_proj") and hasattr(part, "k_proj")]
+    tower = class_token.tower(model)
+    if isinstance(tower, str):
+        return tower
+    layers = class_token.attentions(tower)
     chosen = getattr(model.config, "vision_feature_layer", None)
     if not isinstance(chosen, int):
         return f"{type(model).__name__} projects several encoder layers ({chosen})"

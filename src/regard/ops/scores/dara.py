@@ -15,18 +15,19 @@ CARD = Card(
     title="True Multimodal In-Context Learning Needs Attention to the Visual Context",
     arxiv=None,
     sheet=97,
-    implements="Trained factors on the scores of visual keys, one a head and image, and their sign-safe sum. Which "
-    "layers is the placement's to say: the first alone, as far as is known.",
+    implements="Trained factors on the scores of visual keys, one a head and image, their sign-safe sum, and their "
+    "training (regard.calibrate.dara). Which layers is the placement's to say: the first alone, as far as is known.",
     exact=False,
     saving="none",
     departures=(
-        "Form and placement of the factors are inferred: the paper's model file was not to be had.",
+        "Form, placement and learning rate of the factors are inferred: the paper's model file was not to be had.",
         "mode='scale' multiplies scores, so that a larger factor lowers attention where a score is negative.",
     ),
     oracles=(
         "a factor is the keys of its image scaled, a sum is an additive mask",
         "factors of 1, and sums of 0, change no bit; their gradients pass gradcheck",
         "as many numbers a layer as heads times images",
+        "a model that answers from words looks at the image after training, and answers text alone as before",
     ),
     needs="map",
     options={
@@ -49,7 +50,7 @@ def rescore(where: Where, *, factors: Tensor | None, mode: str, share: bool) -> 
         RegardError: `factors` is missing, not `[layers, heads, images]`, or not finite.
     """
     if factors is None:
-        raise RegardError("'dara' needs factors [layers, heads, images]; train some while attached, from ones")
+        raise RegardError("'dara' needs factors [layers, heads, images]; fit some with regard.calibrate.dara")
     if factors.ndim != 3 or tuple(factors.shape[:2]) != (where.layers, where.heads) or not factors.shape[2]:
         wanted = f"[layers, heads, images] = [{where.layers}, {where.heads}, 1 or more]"
         raise RegardError(f"'dara' needs factors of shape {wanted}, got {list(factors.shape)}")

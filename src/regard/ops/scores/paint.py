@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard.core.card import Card, Option
 from regard.core.errors import RegardError
@@ -13,13 +14,15 @@ from regard.core.placement import Where
 from regard.core.slots import Reading, Rescore
 from regard.core.step import Step
 from regard.core.token_map import Kind, TokenMap
+from regard.ops import class_token
 
 CARD = Card(
     title="Fixing Imbalanced Attention to Mitigate In-Context Hallucination of Large Vision-Language Model",
     arxiv=None,
     sheet=114,
     implements="The decoder's margins on the last prompt row and all after it, and the two sets from an encoder's CLS "
-    "attention (`sets`, `marked`). The paper edits layers 2 and up: say so in the placement's layers.",
+    "attention (`sets`, `marked`; `tell` does both where image tokens are the encoder's patches). The paper edits "
+    "layers 2 and up: say so in the placement's layers.",
     exact=False,
     saving="none",
     departures=(
@@ -45,6 +48,7 @@ CARD = Card(
 
 # The sets of a token map that it reads.
 LOCAL, SUMMARY = "local", "summary"
+_BY_HAND = "say them yourself: regard.ops.scores.paint.marked(token_map, local, summary)"
 # Patches that quartiles need.
 LEAST = 8
 
@@ -111,6 +115,47 @@ def marked(tokens: TokenMap, local: Tensor, summary: Tensor) -> TokenMap:
 def margins(scores: Tensor, gamma: Tensor) -> Tensor:
     """`gamma |S|` for `scores [B, H, R, S]` and `gamma`, which broadcasts to it; 0 where a key is not seen."""
     return gamma * scores.masked_fill(scores == -torch.inf, 0).abs()
+
+
+@torch.no_grad()
+def tell(model: nn.Module, inputs: Mapping[str, Any], tokens: TokenMap) -> TokenMap:
+    """`tokens` with the two sets of every image, from a run of the model's own encoder.
+
+    Args:
+        model: a vision-language model.
+        inputs: what it is given: `pixel_values [images, C, H, W]`, in the order of `tokens.spans`. Without, `tokens`
+            comes back as it is.
+        tokens: what the prompt's tokens are.
+
+    Raises:
+        RegardError: the encoder has no class token or one layer only, or image tokens are not its patches.
+    """
+    pixels = inputs.get("pixel_values")
+    if pixels is None:
+        return tokens
+    encoder = class_token.tower(model)
+    layers = [] if isinstance(encoder, str) else class_token.attentions(encoder)
+    if isinstance(encoder, str) or len(layers) < 2:
+        why = encoder if isinstance(encoder, str) else f"that of {type(model).__name__} has one layer"
+        raise RegardError(f"'paint' reads a class token in two layers, and {why}; {_BY_HAND}")
+    if pixels.ndim != 4 or len(pixels) != len(tokens.spans):
+        raise RegardError(
+            f"'paint' finds its sets for images of one piece, and pixel_values {list(pixels.shape)} are not one for "
+            f"each of {len(tokens.spans)} spans; {_BY_HAND}"
+        )
+    with class_token.watching([layers[0], layers[-2]]) as caught:
+        encoder(pixels)
+    early, late = (
+        _probabilities(seen, int(layer.num_heads))  # pyright: ignore[reportArgumentType]
+        for seen, layer in zip(caught, (layers[0], layers[-2]), strict=True)
+    )
+    return marked(tokens, *sets(early, late, early.shape[-1] - 1))
+
+
+def _probabilities(seen: Mapping[str, Tensor], heads: int) -> Tensor:
+    """`[images, heads, 1 + patches, 1 + patches]` of queries and keys with heads side by side."""
+    q, k = (seen[name].unflatten(-1, (heads, -1)).transpose(1, 2).float() for name in ("q_proj", "k_proj"))
+    return (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
 
 
 def _emitting(step: Step) -> slice | None:
