@@ -70,6 +70,7 @@ def rat() -> None:
 
 
 def decode() -> None:
+    from regard.core.store import Part
     from regard.kernels.attention.decode import decode
 
     def ints(*shape: int) -> Tensor:
@@ -85,6 +86,9 @@ def decode() -> None:
         decode(q, pool, pool, scale=0.1, lengths=ints(B), pages=pages)
     q, k = _empty(B, 32, 4, 128), _empty(B, 2, S, 128)
     decode(q, k, k, scale=0.1, lengths=ints(B))
+    q, k = _empty(1, 32, 1, 128), _empty(1, 4, S, 128)
+    part = Part(ints(4), 4, _empty(*q.shape), _empty(1, 32, 1, dtype=torch.float32))
+    decode(q, k, k, scale=0.1, lengths=ints(1), part_of=part)
 
 
 def latent() -> None:
@@ -143,7 +147,7 @@ def attend_lengths() -> None:
 
 
 def saw_int4() -> None:
-    from regard.core.store import Form
+    from regard.core.store import Form, Part
     from regard.kernels.cache.saw_int4 import read, write
 
     def made(form: Form | None, B: int, S: int, D: int) -> tuple[Tensor, ...]:
@@ -166,6 +170,13 @@ def saw_int4() -> None:
     where = {"positions": long, "q_positions": long[:, :1], "sink": 4, "recent": 100}
     read(_empty(8, 32, 1, 64), *fields, key=four, value=plain, scale=0.1, **where)
     write(*(_empty(8, 8, 1000, 64) for _ in range(2)), *fields, key=four, value=plain)
+    q, k, some = _empty(1, 64, 1, 128), _empty(1, 16, 1, 128), _empty(8, dtype=torch.int64)
+    part = Part(some, 4, _empty(*q.shape), _empty(1, 64, 1, dtype=torch.float32))
+    for key, value in ((Form(4, 128), plain), (None, None)):
+        fields = made(key, 1, 32768, 128), made(value, 1, 32768, 128)
+        write(k, k, *fields, key=key, value=value, start=some[:1], heads=some)
+        if key is not None:
+            read(q, *fields, key=key, value=value, scale=0.1, lengths=some[:1], part_of=part)
 
 
 def sla() -> None:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regard.kernels.graphs import Replay, own_stream
 from regard.measure import scene_questions as ask
 from regard.measure.hallucination import NEGATIVES, answerer, evaluate
 from regard.measure.scenes import KINDS, Scenes, Thing, draw, render
 from regard.models import vlm
 from regard.search import facts
-from regard.train.graphs import Replay, own_stream
 
 TEXT = 64  # most tokens of a row that are no image
 PER_IMAGE = (vlm.SIDE // vlm.PATCH) ** 2

@@ -1,8 +1,9 @@
 """Whole models with random weights: tokens a second and bytes, by recipe and length, through `attach` and `generate`.
 
 Random weights do not change what is computed: sizes are those of SmolLM2-135M and of Llama-3-8B. DuoAttention's gates
-are drawn, half of the KV heads of the whole model stream. Dense is the model alone, with transformers' own cache.
-A step is timed from one token to the next, device finished; the first ones are left out. On a CPU only with `tiny=1`.
+are drawn, half of the KV heads of the whole model stream. Dense is the model alone, with transformers' own cache; with
+graphs it is an empty recipe. A step is timed from one token to the next, device finished; the first ones are left out.
+On a CPU, where nothing is replayed, only with `tiny=1`.
 """
 
 import gc
@@ -34,7 +35,7 @@ SHAPES = {
         "num_key_value_heads": 2, "vocab_size": 128,
     },
 }  # fmt: skip
-WARM = 4  # tokens left out: buffers grow, kernels compile
+WARM = 8  # tokens left out: buffers grow, kernels compile, a graph is recorded
 
 
 class Clock(StoppingCriteria):
@@ -56,9 +57,9 @@ class Clock(StoppingCriteria):
 
 
 def run(
-    tiny: int = 0, length: int = 0, new: int = 36, shape: int = -1, part: int = -1
+    tiny: int = 0, length: int = 0, new: int = 36, shape: int = -1, part: int = -1, graphs: int = -1
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A row for every shape, length and recipe.
+    """A row for every shape, length, recipe, and for steps replayed as graphs or not.
 
     Args:
         tiny: 1: the smallest shape and 300 tokens, to show that it runs.
@@ -66,6 +67,7 @@ def run(
         new: tokens generated.
         shape: which of `SHAPES`; -1: the first two.
         part: which recipe; -1: all.
+        graphs: 1: with graphs, 0: without, -1: both.
 
     Raises:
         RegardError: there is no GPU and `tiny` is 0, or fewer new tokens than are left out.
@@ -84,10 +86,14 @@ def run(
         chosen = recipes(model, "tiny" if tiny else "")
         for tokens in lengths:
             some = list(chosen.items()) if part < 0 else [list(chosen.items())[part]]
-            rows += [measured(model, name, tokens, new, label, recipe) for label, recipe in some]
+            ways = (False, True) if graphs < 0 else (bool(graphs),)
+            rows += [measured(model, name, tokens, new, *one, way) for one in some for way in ways]
         del model
     for row in rows:
-        dense = [r for r in rows if (r["model"], r["tokens"], r["recipe"]) == (row["model"], row["tokens"], "dense")]
+        same = [
+            r for r in rows if (r["model"], r["tokens"], r["graphs"]) == (row["model"], row["tokens"], row["graphs"])
+        ]
+        dense = [r for r in same if r["recipe"] == "dense"]
         for figure in ("tokens a second", "cache MiB", "peak MiB"):
             row[f"{figure} / dense"] = row[figure] / dense[0][figure] if dense else float("nan")
     return told, rows
@@ -106,20 +112,20 @@ def made(name: str, length: int, device: torch.device) -> LlamaForCausalLM:
         torch.set_default_dtype(before)
 
 
-def recipes(model: LlamaForCausalLM, small: str) -> dict[str, Recipe | None]:
+def recipes(model: LlamaForCausalLM, small: str) -> dict[str, Recipe]:
     """What is compared."""
     config = model.config
     drawn = torch.Generator().manual_seed(0)
     gates = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=drawn)
     sizes = {"sink": 8, "recent": 32} if small else {}
     duo, int4 = place("duo", gates=gates, sparsity=0.5, **sizes), place("saw_int4")
-    return {"dense": None, "duo": Recipe([duo]), "int4": Recipe([int4]), "duo + int4": Recipe([duo, int4])}
+    return {"dense": Recipe([]), "duo": Recipe([duo]), "int4": Recipe([int4]), "duo + int4": Recipe([duo, int4])}
 
 
 def measured(
-    model: LlamaForCausalLM, name: str, tokens: int, new: int, label: str, recipe: Recipe | None
+    model: LlamaForCausalLM, name: str, tokens: int, new: int, label: str, recipe: Recipe, graphs: bool
 ) -> dict[str, Any]:
-    """One request of one row."""
+    """One request of one row; `explain` says what became of its single tokens."""
     device = model.device
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=drawn).to(device)
@@ -132,11 +138,11 @@ def measured(
         "attention_mask": torch.ones_like(ids), "max_new_tokens": new, "min_new_tokens": new, "do_sample": False,
         "stopping_criteria": StoppingCriteriaList([clock]), "return_dict_in_generate": True, "pad_token_id": 0,
     }  # fmt: skip
-    if recipe is None:
-        out = model.generate(ids, **call)
+    if label == "dense" and not graphs:
+        out, told = model.generate(ids, **call), "the model alone"
     else:
-        with regard.attach(model, recipe):
-            out = model.generate(ids, **call)
+        with regard.attach(model, recipe, graphs=graphs) as handle:
+            out, told = model.generate(ids, **call), handle.explain()
     held = live_bytes(out.past_key_values)
     steps = [b - a for a, b in zip(clock.times[WARM:], clock.times[WARM + 1 :], strict=False)]
     step = spread(steps)
@@ -144,6 +150,7 @@ def measured(
         "model": name,
         "tokens": tokens,
         "recipe": label,
+        "graphs": graphs,
         "prefill s": clock.times[0] - began,
         "tokens a second": 1 / step.median,
         "step ms": step.median * 1e3,
@@ -152,5 +159,6 @@ def measured(
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan"),
         "prefill peak MiB": clock.prefill / 2**20,
         "weights MiB": sum(p.nbytes for p in model.parameters()) / 2**20,
+        "explain": told,
         "steps": steps,
     }

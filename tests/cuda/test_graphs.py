@@ -1,9 +1,15 @@
-"""Training steps replayed as CUDA graphs against the same steps launched one by one."""
+"""Steps of training and of decoding replayed as CUDA graphs against the same steps launched one by one."""
+
+import gc
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import regard
+from regard.adapters import graphs
 from regard.core.errors import RegardError
+from regard.kernels.graphs import Replay
 from regard.layers import mixers
 from regard.models.hybrid import HybridConfig, HybridForCausalLM
 from regard.train.data import Batch, open_source
@@ -123,3 +129,47 @@ def test_rows_of_another_shape_are_launched_or_refused():
     _, found = run("retnet", settings(), source)
     assert "came after" in found.eager
     assert found.losses == pytest.approx(told.losses, abs=1e-3)
+
+
+DUO = regard.place("duo", gates=torch.tensor([[0.9, 0.1], [0.2, 0.8]]), sparsity=0.5, sink=4, recent=40)
+CODES = regard.place("saw_int4")
+RECIPES = {
+    "dense": [], "duo": [DUO], "codes": [CODES], "duo in codes": [DUO, CODES],
+    "ring": [regard.place("streaming", sink=3, window=50)],
+}  # fmt: skip
+
+
+def answers(llama, recipe, **options):
+    ids = torch.randint(1, 256, (2, 120), generator=torch.Generator().manual_seed(4)).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    call = {"max_new_tokens": 40, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with regard.attach(llama, recipe, **options) as handle:
+        out = llama.generate(ids, attention_mask=mask, **call)
+        return torch.stack(out.logits, 1), out.sequences, handle.explain()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_replayed_answers_are_the_answers(monkeypatch, recipe, dtype):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    llama = LlamaForCausalLM(config).to("cuda", dtype).eval()
+    eager, tokens, _ = answers(llama, RECIPES[recipe])
+    before = torch.cuda.memory_allocated()
+    found, mine, told = answers(llama, RECIPES[recipe], graphs=True)
+    assert "replayed as a CUDA graph; begun 1 times" in told
+    monkeypatch.setattr(graphs, "Replay", lambda work, device, wanted: Replay(work, device, False))
+    launched, same_tokens, told = answers(llama, RECIPES[recipe], graphs=True)
+    assert "launched every time (graphs are off)" in told
+    assert torch.equal(found, launched)
+    assert torch.equal(mine, same_tokens)
+    if dtype == torch.float32:
+        assert torch.equal(mine, tokens)
+        assert torch.allclose(found, eager, atol=1e-4)
+    del found, launched, mine, same_tokens
+    gc.collect()
+    assert torch.cuda.memory_allocated() - before < 2**20

@@ -8,6 +8,7 @@ pytest.importorskip("triton")
 from cases import decode as decoding
 from regard.core.pattern import Pattern
 from regard.core.step import Step
+from regard.core.store import Part
 from regard.kernels.attention import decode as kernel
 from regard.kernels.attention import intervals
 from regard.ops.attention import attend, choose
@@ -191,6 +192,18 @@ def test_attend_decodes(pattern, T):
         attend(q, k, v, pattern=pattern, backend="decode"), expected, (FLOATS[torch.bfloat16], 1e-5), strict=True
     ):
         close(x, y, most)
+
+
+def test_some_heads_of_a_layer():
+    """Groups of KV heads find their queries among all, and answer in their places of one output."""
+    q, k, v = made(15, 2, 8, 4, 2, 200, 32)
+    expected = decode(q.double(), k.double(), v.double())
+    out, lse = (torch.full_like(x, torch.nan, dtype=torch.float32, device=DEVICE) for x in expected)
+    for heads in ([3, 0], [1, 2]):
+        part = Part(torch.tensor(heads, device=DEVICE), 2, out, lse)
+        kernel.decode(*(x.to(DEVICE) for x in (q, k[:, heads], v[:, heads])), scale=32**-0.5, workers=3, part_of=part)
+    for found, x in zip((out, lse), expected, strict=True):
+        close(found, x, 1e-5)
 
 
 @ON_A_GPU

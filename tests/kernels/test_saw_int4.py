@@ -15,7 +15,9 @@ from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.placement import Where
 from regard.core.step import Step
+from regard.core.store import Part
 from regard.kernels.cache import saw_int4 as kernel
+from regard.ops import decode
 from regard.ops.attention import attend
 from regard.ops.cache import saw_int4 as paper
 from regard.primitives import codes as stored
@@ -89,6 +91,34 @@ def compare(pair, q, k, v, **options):
     assert DEVICE != "cuda" or found is None
     found = read(pair, q, keys, values, **options)
     same(found, definition(pair, q, keys, values, 0.1, see))
+
+
+def test_some_heads_of_a_layer():
+    """Groups of KV heads are written from all heads, find their queries among all, and answer in their places."""
+    pair = codecs(64, 4, 4, None, False)
+    q, k, v = drawn_inputs(1, 8, 4, 1, 20, 64)
+    whole = [encoded(codec, x) for codec, x in zip(pair, (k, v), strict=True)]
+    out, lse = torch.full_like(q, torch.nan, device=DEVICE), torch.full((1, 8, 1), torch.nan, device=DEVICE)
+    for heads in ([3, 0], [1, 2]):
+        fields = [tuple(torch.zeros_like(field[:, heads]) for field in fields) for fields in whole]
+        named = torch.tensor(heads, device=DEVICE)
+        kernel.write(k.to(DEVICE), v.to(DEVICE), *fields, **forms(pair), heads=named)
+        for found, field in zip(sum(fields, ()), sum(whole, ()), strict=True):
+            assert torch.equal(found, field[:, heads])
+        read(pair, q, *fields, part_of=Part(named, 2, out, lse))
+    same((out, lse), definition(pair, q, *whole, 0.1, causal(1, 20)))
+
+
+@pytest.mark.parametrize("form", ["contiguous", "strided"])
+def test_vectors_as_they_come_go_to_a_slot_read_on_the_device(form):
+    k, v = (x.to(DEVICE) for x in drawn_inputs(2, 4, 2, 1, 1, 64)[1:])
+    k, v = (k, v) if form == "contiguous" else (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    keys, values = (torch.zeros(2, 1, 9, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    heads, slots = torch.tensor([1], device=DEVICE), torch.tensor([7, 7], device=DEVICE)
+    kernel.write(k, v, (keys,), (values,), key=None, value=None, start=slots, heads=heads)
+    for held, x in ((keys, k), (values, v)):
+        assert torch.equal(held[:, :, 7], x[:, 1:, 0])
+        assert held.count_nonzero() == x[:, 1:].count_nonzero()
 
 
 @pytest.mark.parametrize(
@@ -278,6 +308,39 @@ def run(kind, pair, q, k, v, pattern, padding, *, kernels, monkeypatch, reads):
             children = held.children if kind == "split" else [held]
             outs.append((out, [f.clone() for child in children for f in child.buffer.read()]))
     return outs
+
+
+@pytest.mark.parametrize(
+    ("kind", "padded", "coded"),
+    [("full", True, True), ("ring", True, False), ("split", False, False), ("split", True, True)],
+)
+@torch.no_grad()
+def test_fixed_steps_on_the_kernels(kind, padded, coded, monkeypatch):
+    """A prompt, then fixed steps whose kernels write and read, against forwards in plain torch in float64."""
+    pair = codecs(64, 8, 4, 2, rotate_v=True) if coded else (None, None)
+    q, k, v = drawn_inputs(2, 4, 2, 14, 14, 64)
+    pattern = Pattern.sink(2) | Pattern.window(9)
+    pattern = {"full": Pattern.causal(), "ring": pattern,
+               "split": Pattern.stack_heads([Pattern.causal(), pattern])}[kind]  # fmt: skip
+    padding = torch.tensor([0, 4]) if padded else None
+    exact, held = store(kind, pair), store(kind, pair)
+    exact.append(*(x[:, :, :12].double() for x in (k, v)), Step(0, 12, 2, q.device, padding))
+    held.append(*(x[:, :, :12].to(DEVICE) for x in (k, v)), Step(0, 12, 2, torch.device(DEVICE), padding))
+    held.fix(8)
+    for at in range(12, 14):
+        now = slice(at, at + 1)
+        step = Step(at, 1, 2, q.device, padding)
+        wanted = exact.append(*(x[:, :, now].double() for x in (k, v)), step)
+        wanted = wanted.attend(q[:, :, now].double(), pattern=pattern, step=step, scale=0.1)
+        padding_there = None if padding is None else padding.to(DEVICE)
+        step = Step(at, 1, 2, torch.device(DEVICE), padding_there, at=torch.tensor([at], device=DEVICE))
+        with monkeypatch.context() as patch:
+            patch.setattr(paper.device, "refuses", lambda x: None)
+            patch.setattr(torch.Tensor, "index_copy_", None)
+            view = held.put(*(x[:, :, now].to(DEVICE) for x in (k, v)), step, decode)
+            found = view.attend(q[:, :, now].to(DEVICE), pattern=pattern, step=step, scale=0.1)
+        held.passed()
+        same(found, wanted)
 
 
 def test_gradients_and_what_the_kernel_cannot_do_are_left_to_torch(monkeypatch):

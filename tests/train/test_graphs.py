@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from regard.core.errors import RegardError
-from regard.kernels import device
+from regard.kernels import device, graphs
 from regard.measure.tasks.task import build
-from regard.train import graphs
 from regard.train.data import TaskRows
 from regard.train.loop import paced, train
 from regard.train.settings import Settings

@@ -1,7 +1,7 @@
 """Placements to Slots: what each layer will do differently, checked before any model is touched."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ class Bound:
 
     def __bool__(self) -> bool:
         return bool(self.contrast) or any(self.slots)
+
+    def whole(self, decoder: Decoder) -> "Bound":
+        """The same with every layer on a store of regard's."""
+        return replace(self, slots=tuple(s or plain(decoder, index) for index, s in enumerate(self.slots)))
 
 
 def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
@@ -80,6 +84,12 @@ def bind(placements: Iterable[Placement], decoder: Decoder) -> Bound:
     slots = tuple(layer.slots() for layer in layers)
     _refuse_partial_records(layers)
     return Bound(slots, tuple(weights), next(iter(contrasts.values()), None), branching)
+
+
+def plain(decoder: Decoder, index: int) -> Slots:
+    """Of a layer whose mechanisms are all neutral: its own attention, over a store of regard's."""
+    nothing = (None,) * decoder.kv_heads
+    return Slots(_Layer(decoder, index).own, nothing, nothing)
 
 
 def _refuse_unknown_tokens(entry: catalog.Entry, options: Mapping[str, Any], decoder: Decoder) -> None:

@@ -12,6 +12,7 @@ from regard.core.errors import RegardError
 from regard.core.slots import Image, Slots, State
 from regard.core.step import Step
 from regard.core.store import Store, View
+from regard.ops import decode
 from regard.ops.layer import run
 
 # torch.compile leaves stores to Python: their shapes change with every token.
@@ -69,7 +70,11 @@ class StoreLayer(CacheLayerMixin):
             raise RegardError(f"this cache was made under recipe {self.recipe}; attach that recipe to go on with it")
         for edit in self.slots.prepare:
             key_states, value_states = edit.key(key_states, self.step), edit.value(value_states, self.step)
-        seen = self.store.append(_autocast(key_states), _autocast(value_states), self.step)
+        key_states, value_states = _autocast(key_states), _autocast(value_states)
+        if self.step.at is None:
+            seen = self.store.append(key_states, value_states, self.step)
+        else:
+            seen = self.store.put(key_states, value_states, self.step, decode)
         view = StoreView(seen, self.slots, self.step, self.store.state)
         self.is_initialized = True
         return view, view

@@ -18,6 +18,7 @@ from regard.adapters.blocks import open_block
 from regard.adapters.branches import Branches
 from regard.adapters.cache_layer import StoreView, eager
 from regard.adapters.families import Decoder
+from regard.adapters.graphs import FixedSteps, fixable
 from regard.adapters.memory import live_bytes
 from regard.adapters.requests import Requests
 from regard.core.errors import RegardError
@@ -28,7 +29,11 @@ from regard.primitives import codes
 
 
 def install(
-    model: nn.Module, placements: Sequence[Placement], fits: Callable[[Decoder], None] | None = None
+    model: nn.Module,
+    placements: Sequence[Placement],
+    fits: Callable[[Decoder], None] | None = None,
+    *,
+    graphs: bool = False,
 ) -> "Handle":
     """Put `placements` into `model`; everything is checked before the model is touched.
 
@@ -36,6 +41,7 @@ def install(
         model: any transformers model with one causal decoder inside.
         placements: what goes where.
         fits: a further check of the opened decoder, which raises if the model is the wrong one.
+        graphs: replay forwards of one token (`adapters/graphs.py`).
 
     Returns:
         A Handle, also a context manager, whose `detach` leaves the model as it was.
@@ -48,10 +54,13 @@ def install(
         fits(decoder)
     for part in decoder.attentions:
         seam.own_attention(part, implementation)
-    bound = bind(placements, decoder)
+    bound, recipe = bind(placements, decoder), digest(placements)
+    if graphs and fixable(bound) is None and None in bound.slots:
+        # Caches of all layers on stores are not those of some.
+        bound, recipe = bound.whole(decoder), f"{recipe} with graphs"
     if bound:
         _refuse_prompt_learning(model)
-    return Handle(model, decoder, bound, implementation, digest(placements))
+    return Handle(model, decoder, bound, implementation, recipe, graphs)
 
 
 def _refuse_prompt_learning(model: nn.Module) -> None:
@@ -81,11 +90,14 @@ class Handle:
     Caches made while attached belong to its recipe: they cannot be read under another one.
     """
 
-    def __init__(self, model: nn.Module, decoder: Decoder, bound: Bound, implementation: str, recipe: str):
+    def __init__(
+        self, model: nn.Module, decoder: Decoder, bound: Bound, implementation: str, recipe: str, graphs: bool = False
+    ):
         self.model, self.decoder, self.slots, self.digest = model, decoder, bound.slots, recipe
         self._implementation, self._bound = implementation, bound
         self._requests = Requests(decoder, decoder.config, bound.slots, recipe)
         self._branches: Branches | None = None
+        self._steps = FixedSteps(self._requests, decoder.module, bound) if graphs else None
         self._blind = Blind.of(decoder, self._requests)
         # Whether the forward that runs was to leave no cache: it runs on one all the same.
         self._unasked = False
@@ -113,6 +125,9 @@ class Handle:
             if self._bound.contrast is not None:
                 self._open_logits(self._bound.contrast)
             surgery.hook(module.register_forward_hook(self._after, always_call=True))
+            if self._steps is not None:
+                surgery.set(module, "forward", self._steps.running(module.forward))
+                surgery.hook(self._steps)
             for part in self._generating():
                 surgery.set(part, "generate", self._requests.generating(part.generate))
                 prepare = part._prepare_cache_for_generation
@@ -226,6 +241,8 @@ class Handle:
         lines = [f"{type(self.model).__name__}: family {self.decoder.family}, own attention {self._implementation}"]
         if self._bound.contrast is not None:
             lines.append(f"logits: {self._bound.contrast.name}")
+        if self._steps is not None:
+            lines.append(f"forwards of one token: {self._steps}")
         said = [
             f"own attention ({self._implementation})" if slots is None else self._told(slots) for slots in self.slots
         ]
@@ -246,7 +263,7 @@ class Handle:
             for head, (key, value) in enumerate(zip(slots.key_codec, slots.value_codec, strict=True))
             if key or value
         }
-        return "; ".join([str(slots), *read])
+        return "; ".join([str(slots) or "causal attention over a full store", *read])
 
     @eager
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

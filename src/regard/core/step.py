@@ -28,6 +28,8 @@ class Step:
         two_sided: spans of this forward's rows that see later tokens of theirs, by position.
         rows: arrivals `[1|B, R]` of the rows that a layer runs, ascending, -1 where a batch row has fewer than
             others; None: all of this forward. Only a layer that runs some rows has its own Step.
+        at: `[1]` int64, `start` on the device, in a fixed step: a forward of one token whose work may be recorded and
+            done again later, so that nothing in it may follow from `start` itself. None: any other forward.
         shared: scratch that the layers of this forward share ([090], [067]); dropped after it.
         blind: `blind(layer, told)` runs the prompt without its image up to and with `layer`, `told` in its scratch,
             and returns that scratch; None: this forward does not bring the prompt's end, or nobody compares.
@@ -43,6 +45,7 @@ class Step:
     tokens: TokenMap | None = None
     two_sided: tuple[TwoSided, ...] = ()
     rows: Tensor | None = None
+    at: Tensor | None = None
     shared: dict[Any, Any] = field(default_factory=dict)
     blind: Callable[[int, dict[Any, Any]], dict[Any, Any]] | None = None
 
@@ -54,6 +57,8 @@ class Step:
     @property
     def arrivals(self) -> Tensor:
         """Arrivals of the rows that run, `[1|B, R]`."""
+        if self.at is not None:
+            return self.at[None]
         return torch.arange(self.start, self.stop, device=self.device)[None] if self.rows is None else self.rows
 
     def only(self, rows: Tensor) -> "Step":

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +30,40 @@ class Form:
     order: int
 
 
+class Part(NamedTuple):
+    """Some KV heads of a layer: queries are given of all heads, and answers of these go where all have their place.
+
+    Args:
+        heads: `[n]` integers, on the device.
+        group: query heads of a KV head.
+        out, lse: `[B, H, T, Dv]` and `[B, H, T]` float32 of the layer, contiguous.
+    """
+
+    heads: Tensor
+    group: int
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def queries(self) -> Tensor:
+        """The query heads, `[n * group]`."""
+        return (self.heads[:, None] * self.group + torch.arange(self.group, device=self.heads.device)).flatten()
+
+
+class Decoding(Protocol):
+    """What fixed steps write and read with: `ops/decode.py`, handed in, since stores lie below it."""
+
+    @property
+    def decode(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Attention over the first keys, of which a length on the device counts."""
+        ...
+
+    @property
+    def place(self) -> Callable[..., None]:
+        """Writes one token of each request into its slot."""
+        ...
+
+
 class Kernels(Protocol):
     """Kernels that read and write codes where they lie. `keys`, `values` are fields; a Form of None: as they come."""
 
@@ -46,15 +80,18 @@ class Kernels(Protocol):
         key: Form | None,
         value: Form | None,
         scale: float,
+        lengths: Tensor | None = None,
         positions: Tensor | None = None,
         q_positions: Tensor | None = None,
         sink: int = 0,
         recent: int | None = None,
+        part_of: Part | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Causal attention of `q [B, H, T, D]`, not rotated: `(out [B, H, T, Dv], lse [B, H, T])`.
 
-        `positions [1|B, S]` of the keys, negative: none; None: consecutive, ending with the last query. With `recent`,
-        queries see what lies less than that far back, and positions below `sink`.
+        `lengths [B]`, keys of each request; None: all slots. `positions [1|B, S]` of the keys, negative: none; None:
+        consecutive, ending with the last query. With `recent`, queries see what lies less than that far back, and
+        positions below `sink`.
         """
         ...
 
@@ -73,9 +110,13 @@ class Kernels(Protocol):
         *,
         key: Form | None,
         value: Form | None,
-        start: int = 0,
+        start: int | Tensor = 0,
+        heads: Tensor | None = None,
     ) -> None:
-        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on."""
+        """Encode `k [B, Hk, T, D]` and `v` into the slots from `start` on; a Tensor `[B]`: one a request.
+
+        `heads [n]` are those of `k` and `v` that the fields hold; None: all.
+        """
         ...
 
 
@@ -175,6 +216,33 @@ class Store(Protocol):
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> View:
         """Write `k [B, Hk, T, D]`, `v [B, Hk, T, Dv]` and return what this forward's queries read."""
+        ...
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step (`Step.at`), or None."""
+        ...
+
+    def fix(self, spare: int) -> int | None:
+        """Lay out what is held for fixed steps, with about `spare` slots to spare. Anything but `put` undoes it.
+
+        Returns:
+            Arrivals until which there is room; None: any number.
+        """
+        ...
+
+    def put(self, k: Tensor, v: Tensor, step: Step, by: Decoding, heads: Tensor | None = None) -> View:
+        """`append` of a fixed step `step`: `k [B, Hk, 1, D]`, `v` go where `step.at` says, and no count changes.
+
+        `heads [n]` are those of `k` and `v` that are stored here; None: all.
+        """
+        ...
+
+    def passed(self) -> None:
+        """A fixed step went by, run or replayed: count it."""
+        ...
+
+    def versions(self) -> Iterator[int]:
+        """Numbers that stay what they are only while fixed steps find everything where the last one left it."""
         ...
 
     def advance(self, step: Step) -> None:

@@ -4,6 +4,8 @@
 lies (`kernels/attention/decode.py`). A named backend never falls back.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,11 @@ from regard.core.errors import choose as one_of
 from regard.core.pattern import Pattern
 from regard.core.rules import Causal, Either, Rule, Sink, Window
 from regard.core.shapes import group_size
+from regard.core.store import Part as PartOf
 from regard.kernels import device
 from regard.primitives import reference
 
-__all__ = ["choose", "decode", "refuses", "run", "yields"]
+__all__ = ["choose", "decode", "place", "refuses", "run", "yields"]
 
 Part = tuple[Tensor, Tensor]
 BACKENDS = ("auto", "reference", "triton")
@@ -58,6 +61,7 @@ def decode(
     softcap: float | None = None,
     workers: int | None = None,
     check: bool | None = None,
+    part_of: PartOf | None = None,
     backend: str = "auto",
 ) -> Part:
     """Attention of the last `T` tokens of every request over all its keys; "triton" has no gradients.
@@ -78,8 +82,8 @@ def decode(
         scale: of the scores; None: `D ** -0.5`.
         softcap: `s` becomes `softcap * tanh(s / softcap)`.
         workers: programs among which the tiles of all keys are divided; None: as many as the card runs at once.
-        check: read `lengths` and `pages` first; None: on a CPU (elsewhere it waits for the device). Requests that share
-            pages for reading, as those of a common prompt, go with False.
+        check: read `lengths` and `pages` first (None: on a CPU only); False where requests share pages for reading.
+        part_of: `k` and `v` are of some KV heads only: `q` has all of them, and answers go where this says.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -91,16 +95,44 @@ def decode(
 
     Source: LeanAttention (2405.10480).
     """
-    _check_shapes(q, k, v, lengths, pages, positions, q_positions)
-    if workers is not None and workers < 1:
-        raise RegardError(f"decoding needs 1 worker or more, got {workers}")
+    own = q if part_of is None else q[:, : k.shape[1] * part_of.group]
+    _check_shapes(own, k, v, lengths, pages, positions, q_positions, workers)
     if check or (check is None and q.device.type == "cpu"):
         _check_values(k, lengths, pages)
-    name, _ = choose(q, k, v, backend=backend)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = {"lengths": lengths, "pages": pages, "positions": positions, "q_positions": q_positions, "scale": scale}
     call |= {"sink": sink, "recent": recent, "causal": causal, "softcap": softcap}
-    return _reference(q, k, v, **call) if name == "reference" else _run(q, k, v, workers=workers, **call)
+    if choose(own, k, v, backend=backend)[0] == "triton":
+        return _run(q, k, v, workers=workers, part_of=part_of, **call)
+    return _reference(q, k, v, **call) if part_of is None else _in_place(q, k, v, part_of, **call)
+
+
+def _in_place(q: Tensor, k: Tensor, v: Tensor, part: PartOf, **call: Any) -> Part:
+    """`_reference` of the heads that `part` names, written to their places."""
+    mine = part.queries
+    out, lse = _reference(q.index_select(1, mine), k, v, **call)
+    return part.out.index_copy_(1, mine, out), part.lse.index_copy_(1, mine, lse)
+
+
+def place(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, /, *, slots: Tensor, heads: Tensor | None = None) -> None:
+    """Write a token of every request to its slot, which is read on the device.
+
+    Args:
+        k: `[B, Hk, 1, D]`.
+        v: `[B, Hk, 1, Dv]`.
+        keys: `[B, n, S, D]`, n = Hk without `heads`.
+        values: `[B, n, S, Dv]`.
+        slots: `[B]` integers; where no kernel writes, the first one counts for all requests.
+        heads: `[n]` integers, the heads of `k` and `v` that are written; None: all.
+    """
+    if device.refuses(k) is None:
+        from regard.kernels.cache import saw_int4 as kernels
+
+        if kernels.refuses_write(k, v, (keys,), (values,), None, None) is None:
+            kernels.write(k, v, (keys,), (values,), key=None, value=None, start=slots, heads=heads)
+            return
+    for held, new in ((keys, k), (values, v)):
+        held.index_copy_(2, slots[:1], new if heads is None else new.index_select(1, heads))
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor, *, pattern: Pattern | None, bias: Tensor | None = None) -> str | None:
@@ -179,7 +211,7 @@ def _simple(rule: Rule) -> bool:
     """Whether the reach of `rule` is the rule itself."""
     if isinstance(rule, Either):
         return _simple(rule.left) and _simple(rule.right)
-    return isinstance(rule, (Causal, Window, Sink))
+    return isinstance(rule, (Causal, Sink)) or (isinstance(rule, Window) and rule.block == 1)
 
 
 def _check_shapes(
@@ -190,8 +222,11 @@ def _check_shapes(
     pages: Tensor | None,
     positions: Tensor | None,
     q_positions: Tensor | None,
+    workers: int | None,
 ) -> None:
-    """Raise RegardError for arguments that do not belong together."""
+    """Raise RegardError for arguments that do not belong together, and for too few workers."""
+    if workers is not None and workers < 1:
+        raise RegardError(f"decoding needs 1 worker or more, got {workers}")
     four = q.dim() == k.dim() == v.dim() == 4
     rows = four and (pages is not None or q.shape[0] == k.shape[0])
     if not (rows and k.shape[:3] == v.shape[:3] and q.shape[3] == k.shape[3]):

@@ -9,7 +9,7 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
-from regard.core.store import Codec, Fields
+from regard.core.store import Codec, Decoding, Fields, Part
 from regard.primitives import codes
 from regard.primitives.merge import merge
 
@@ -49,6 +49,8 @@ class Buffer:
         self.limit = limit
         self.fields: Fields = ()
         self.size = 0
+        # Counts every change but those that fixed steps make.
+        self.version = 0
 
     @property
     def slots(self) -> int:
@@ -57,6 +59,7 @@ class Buffer:
 
     def append(self, new: Fields) -> None:
         """Write `new`, each `[B, Hk, T, *]`, behind what is there, without its gradients."""
+        self.version += 1
         stop = self.size + new[0].shape[2]
         self._fit(stop, new)
         for field, part in zip(self.fields, new, strict=True):
@@ -65,8 +68,15 @@ class Buffer:
 
     def room(self, tokens: int, like: Fields) -> Fields:
         """The whole fields, with slots for `tokens` more from `size` on; where there are none yet, such as `like`."""
+        self.version += 1
         self._fit(self.size + tokens, like)
         return self.fields
+
+    def reserve(self, spare: int) -> None:
+        """Have slots for more tokens: `spare`, where fewer than half as many are left."""
+        self.version += 1
+        if self.slots - self.size < spare / 2 or self._stale:
+            self._grow(self.size + spare, self.fields)
 
     def replace(self, fields: Fields) -> None:
         """Hold `fields`, which share no memory with the buffer, and nothing else."""
@@ -79,6 +89,7 @@ class Buffer:
 
     def crop(self, size: int) -> None:
         """Keep the first `size` tokens."""
+        self.version += 1
         self.size = min(size, self.size)
         if self.size == 0:
             self.fields = ()
@@ -87,18 +98,25 @@ class Buffer:
 
     def reorder(self, rows: Tensor) -> None:
         """Row `i` becomes the old row `rows[i]`."""
+        self.version += 1
         self.fields = tuple(field.index_select(0, rows.to(field.device)) for field in self.fields)
+
+    @property
+    def _stale(self) -> bool:
+        """Outside inference mode an inference tensor can no longer be written to."""
+        return bool(self.fields) and self.fields[0].is_inference() and not torch.is_inference_mode_enabled()
 
     def _fit(self, size: int, like: Sequence[Tensor]) -> None:
         bounded = self.limit is not None and size <= self.limit
         most = self.limit if bounded else size + max(48, size // 20)
-        # Outside inference mode an inference tensor can no longer be written to.
-        stale = bool(self.fields) and self.fields[0].is_inference() and not torch.is_inference_mode_enabled()
-        if self.fields and size <= self.slots <= (most or 0) and not stale:
+        if self.fields and size <= self.slots <= (most or 0) and not self._stale:
             return
         slots = size + max(16, size // 32)
         if bounded and self.limit is not None:
             slots = min(slots, self.limit)
+        self._grow(slots, like)
+
+    def _grow(self, slots: int, like: Sequence[Tensor]) -> None:
         past = self.read()
         self.fields = tuple(f.detach().new_empty((*f.shape[:2], slots, *f.shape[3:])) for f in like)
         for field, part in zip(self.fields, past, strict=False):
@@ -246,6 +264,107 @@ class Shown:
         return _read(tuple(pick(field, index.clamp(min=0), 2) for field in fields), codec, live, dtype)
 
 
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """The View of a fixed step (`Step.at`): fields `[B, Hk, S, *]`, of which the device knows how much is held.
+
+    Args:
+        by: what it is read with.
+        lengths: `[B]` slots that are held, the first ones; None: all, as far as `positions` says.
+        positions: of the slots, `[1|B, S]`, negative: not a key; None: consecutive, ending with the query.
+    """
+
+    by: Decoding
+    key_fields: Fields
+    value_fields: Fields
+    key_codec: Codec | None
+    value_codec: Codec | None
+    lengths: Tensor | None
+    positions: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """Slots that it shows, held or not."""
+        return self.key_fields[0].shape[2]
+
+    def attend(
+        self,
+        q: Tensor,
+        *,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+        index: Tensor | None = None,
+        bias: Tensor | None = None,
+        part_of: Part | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Attention of `q [B, H, 1, D]`: `(out [B, H, 1, Dv], lse [B, H, 1])`.
+
+        With `part_of`, `q` is of all heads of the layer, and what is returned are `part_of.out` and `part_of.lse`.
+
+        Raises:
+            RegardError: `index` or `bias` is given, or the pattern is no window with a sink.
+        """
+        band = codes.span(pattern)
+        if index is not None or bias is not None or band is None:
+            raise self._refused(f"pattern {pattern!r}" if band is None else "a list of keys or a bias")
+        where = {"lengths": self.lengths, "positions": self.positions, "part_of": part_of}
+        key, value = self.key_codec, self.value_codec
+        if softcap is None and (key or value):
+            fields = (self.key_fields, self.value_fields)
+            read = codes.read(q, *fields, key=key, value=value, pattern=pattern, step=step, scale=scale, **where)
+            if read is not None:
+                return read
+        if part_of is not None and value is not None:
+            # An output in another basis is brought back on its way.
+            mine = part_of.queries
+            out, lse = self.attend(q.index_select(1, mine), pattern=pattern, step=step, scale=scale, softcap=softcap)
+            return part_of.out.index_copy_(1, mine, out), part_of.lse.index_copy_(1, mine, lse.to(part_of.lse.dtype))
+        out, lse = self.by.decode(
+            q if key is None else key.query(q),
+            self.key_fields[0] if key is None else key.decode(self.key_fields, q.dtype),
+            self.value_fields[0] if value is None else value.decode(self.value_fields, q.dtype),
+            q_positions=None if self.positions is None else step.queries(q.device),
+            sink=band[0],
+            recent=band[1],
+            scale=scale,
+            softcap=softcap,
+            check=False,
+            **where,
+        )
+        return out if value is None else value.output(out), lse
+
+    def attend_blocks(
+        self,
+        q: Tensor,
+        index: Tensor,
+        *,
+        own: slice | None,
+        pattern: Pattern,
+        step: Step,
+        scale: float,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Refused.
+
+        Raises:
+            RegardError: always.
+        """
+        raise self._refused("lists of keys")
+
+    def keys(self, q: Tensor, step: Step) -> tuple[Tensor, Tensor, Tensor]:
+        """Refused: how many there are is not known here.
+
+        Raises:
+            RegardError: always.
+        """
+        raise self._refused("the keys themselves")
+
+    def _refused(self, what: str) -> RegardError:
+        return RegardError(f"a fixed step reads windows with sinks over all that is held; it was asked for {what}")
+
+
 def fold(x: Tensor, blocks: int) -> Tensor:
     """`[B, H, blocks * n, D]` as a batch of blocks, `[B * blocks, H, n, D]`."""
     return x.unflatten(2, (blocks, -1)).transpose(1, 2).flatten(0, 1)
@@ -337,6 +456,48 @@ class Container:
         """The View of `fields`, whose last tokens are `k`, `v`."""
         keys, values = fields[: self._split], fields[self._split :]
         return Shown(self.run, keys, values, self.key_codec, self.value_codec, (k, v), positions)
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step, or None."""
+        return f"a {self.kind} store has no fixed steps"
+
+    def fix(self, spare: int) -> int | None:
+        """Have room for more arrivals: `spare`, where there is for fewer than half as many. Returns all there is."""
+        self.buffer.reserve(spare)
+        return self.buffer.slots
+
+    def put(self, k: Tensor, v: Tensor, step: Step, by: Decoding, heads: Tensor | None = None) -> Fixed:
+        """`append` of a fixed step: `k [B, Hk, 1, D]`, `v` go to the slot that `step.at` comes to, nothing is counted.
+
+        Raises:
+            RegardError: as `write`.
+        """
+        self._check(k if heads is None else k[:, : len(heads)], step)
+        slots, seen, lengths, positions = self._fixed(step, k.shape[0])
+        fields = tuple(field[:, :, :seen] for field in self.buffer.fields)
+        keys, values = fields[: self._split], fields[self._split :]
+        key, value = self.key_codec, self.value_codec
+        if key is None and value is None:
+            by.place(k, v, *fields, slots=slots, heads=heads)
+        elif (found := codes.writer(k, v, key, value)) is not None:
+            codes.write(found, k, v, keys, values, key, value, slots, heads)
+        else:
+            k, v = (x if heads is None else x.index_select(1, heads) for x in (k, v))
+            for field, new in zip(fields, written(k, key) + written(v, value), strict=True):
+                field.index_copy_(2, slots[:1], new)
+        return Fixed(by, keys, values, key, value, lengths, positions)
+
+    def _fixed(self, step: Step, rows: int) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        """In a fixed step: the new token's slot `[B]`, slots that are read, lengths `[B]`, positions `[1|B, slots]`."""
+        raise NotImplementedError
+
+    def passed(self) -> None:
+        """A fixed step went by."""
+        self.length += 1
+
+    def versions(self) -> Iterator[int]:
+        """Changes with everything but fixed steps."""
+        yield self.buffer.version
 
     def advance(self, step: Step) -> None:
         """Refused: this store has no place for arrivals it was not given.

@@ -3,13 +3,15 @@
 Where none can, what calls this decodes first or encodes in plain torch, as on a CPU.
 """
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
 from regard.core.pattern import Pattern
 from regard.core.rules import Causal, Either, Rule, Sink, Window, covers
 from regard.core.step import Step
-from regard.core.store import Codec, Fields, Form, Kernels
+from regard.core.store import Codec, Fields, Form, Kernels, Part
 
 
 def kernels(x: Tensor, key: Codec | None, value: Codec | None) -> Kernels | str:
@@ -55,11 +57,19 @@ def encoded(k: Tensor, v: Tensor, key: Codec | None, value: Codec | None) -> tup
 
 
 def write(
-    found: Kernels, k: Tensor, v: Tensor, keys: Fields, values: Fields, key: Codec | None, value: Codec | None, at: int
+    found: Kernels,
+    k: Tensor,
+    v: Tensor,
+    keys: Fields,
+    values: Fields,
+    key: Codec | None,
+    value: Codec | None,
+    at: int | Tensor,
+    heads: Tensor | None = None,
 ) -> None:
-    """Write `k`, `v` to the slots of `keys` and `values` from `at` on."""
+    """Write `k`, `v`, or these heads of them, to the slots of `keys` and `values` from `at` on: see `Kernels.write`."""
     form_key, form_value = forms(key, value)
-    found.write(k, v, keys, values, key=form_key, value=form_value, start=at)
+    found.write(k, v, keys, values, key=form_key, value=form_value, start=at, heads=heads)
 
 
 def read(
@@ -73,19 +83,25 @@ def read(
     pattern: Pattern,
     step: Step,
     scale: float,
+    lengths: Tensor | None = None,
+    part_of: Part | None = None,
 ) -> tuple[Tensor, Tensor] | None:
     """Attention of `q [B, H, T, D]` straight from codes: `(out, lse)`; None where no kernel does this exactly.
 
-    `positions [1|B, S]` of the keys; None: consecutive, ending with the last query.
+    `positions [1|B, S]` of the keys; None: consecutive, ending with the last query. `lengths [B]` of the requests, on
+    the device; None: all that `keys` has.
     """
     found = kernels(q, key, value)
-    band = _band(pattern, keys[0].shape[2] if positions is None else None)
+    band = span(pattern, keys[0].shape[2] if positions is None and lengths is None else None)
     form_key, form_value = forms(key, value)
-    if isinstance(found, str) or band is None or found.refuses(q, keys, values, form_key, form_value):
+    own = q if part_of is None else q[:, : part_of.group * keys[0].shape[1]]
+    if isinstance(found, str) or band is None or found.refuses(own, keys, values, form_key, form_value):
         return None
     return found.read(
-        q, keys, values, key=form_key, value=form_value, scale=scale, positions=positions,
+        q, keys, values, key=form_key, value=form_value, scale=scale, lengths=lengths,
+        positions=positions,
         q_positions=None if positions is None else step.queries(q.device), sink=band[0], recent=band[1],
+        part_of=part_of,
     )  # fmt: skip
 
 
@@ -95,12 +111,12 @@ def told(q: Tensor, kv_heads: int, pattern: Pattern, key: Codec | None, value: C
     if not isinstance(found, str):
         x = q[:, :1].expand(-1, kv_heads, -1, -1)
         found = found.refuses(q, blank(x, key, 0), blank(x, value, 0), *forms(key, value))
-        if found is None and _band(pattern, None) is None:
+        if found is None and span(pattern, None) is None:
             found = f"the kernel that reads codes knows windows and sinks, not {pattern}"
     return "codes read as they lie" if found is None else f"codes decoded to be read ({found})"
 
 
-def _band(pattern: Pattern, keys: int | None) -> tuple[int, int | None] | None:
+def span(pattern: Pattern, keys: int | None = None) -> tuple[int, int | None] | None:
     """`(sink, recent)` such that all heads see `p_k < sink` and `p_q - p_k < recent`; None where they do not.
 
     `keys` are consecutive from position 0 on, so that a rule that covers them all cuts nothing; None: they are not.
@@ -112,5 +128,10 @@ def _band(pattern: Pattern, keys: int | None) -> tuple[int, int | None] | None:
     parts = (rule.left, rule.right) if isinstance(rule, Either) else (rule,)
     if parts == (Causal(),):
         return 0, None
-    sizes = {type(part): part.size for part in parts if isinstance(part, (Window, Sink))}
+    sizes = {type(part): part.size for part in parts if _bare(part)}
     return (sizes.get(Sink, 0), sizes.get(Window, 0)) if len(sizes) == len(parts) else None
+
+
+def _bare(rule: Rule) -> TypeGuard[Window | Sink]:
+    """Whether `rule` is a number of positions."""
+    return isinstance(rule, Sink) or (isinstance(rule, Window) and rule.block == 1)

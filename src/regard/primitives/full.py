@@ -30,6 +30,25 @@ class Full(Container):
         positions = None if step.padding is None else step.positions(torch.arange(self.length, device=k.device))
         return self.shown(self.buffer.read() if fields is None else fields, k, v, positions)
 
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step, or None."""
+        return None if self.length else "nothing is held yet"
+
+    def _fixed(self, step: Step, rows: int) -> tuple[Tensor, int, Tensor | None, Tensor | None]:
+        assert step.at is not None
+        slots = self.buffer.slots
+        key = f"fixed full {slots}"
+        if key not in step.shared:
+            slot = step.at.repeat(rows)
+            places = None if step.padding is None else step.positions(torch.arange(slots, device=slot.device))
+            step.shared[key] = slot, slots, slot + 1, places
+        return step.shared[key]
+
+    def passed(self) -> None:
+        """A fixed step went by."""
+        super().passed()
+        self.buffer.size += 1
+
     def record(self) -> None:
         """Nothing to do: all is kept anyway."""
 

@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch.nn.functional import pad
 from regard.core.errors import RegardError
 from regard.core.pattern import Pattern
 from regard.core.step import Step
-from regard.core.store import Store, View
+from regard.core.store import Decoding, Part, Store, View
+from regard.primitives.buffer import Fixed
 
 
 class HeadSplit:
@@ -63,6 +65,37 @@ class HeadSplit:
         if self._parts is None or self._parts[0] is not pattern:
             self._parts = pattern, [pattern.select_heads(heads) for heads in self.heads]
         return self._parts[1]
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step, or None."""
+        return next((why for child in self.children if (why := child.unfixed(step))), None)
+
+    def fix(self, spare: int) -> int | None:
+        """Lay out what is held for fixed steps: see `Store.fix`."""
+        found = [child.fix(spare) for child in self.children]
+        return min((room for room in found if room is not None), default=None)
+
+    def put(self, k: Tensor, v: Tensor, step: Step, by: Decoding, heads: Tensor | None = None) -> "SplitFixed":
+        """`append` of a fixed step, every group to its store. Heads are picked by the kernels themselves.
+
+        Raises:
+            RegardError: `Hk` is not the number of heads in the groups, or `heads` are picked of them.
+        """
+        if k.shape[1] != (count := sum(map(len, self.heads))) or heads is not None:
+            raise RegardError(f"{k.shape[1]} KV heads were written to a store split over {count}")
+        groups = [(child, _index(heads, k.device)) for heads, child in zip(self.heads, self.children, strict=True)]
+        views = [child.put(k, v, step, by, own) for child, own in groups]
+        return SplitFixed(self.heads, views, self.parts, v.shape[3])
+
+    def passed(self) -> None:
+        """A fixed step went by."""
+        for child in self.children:
+            child.passed()
+
+    def versions(self) -> Iterator[int]:
+        """Change with everything but fixed steps."""
+        for child in self.children:
+            yield from child.versions()
 
     def advance(self, step: Step) -> None:
         """The forward `step` went by and this layer ran none of its rows."""
@@ -214,6 +247,36 @@ class SplitView:
         return self._restored(outs), self._restored(lses)
 
 
+class SplitFixed(SplitView):
+    """The View of a HeadSplit in a fixed step: each group's view answers in its places of one output.
+
+    Args:
+        width: of a value, `Dv`.
+    """
+
+    def __init__(
+        self,
+        heads: Sequence[tuple[int, ...]],
+        views: Sequence[View],
+        parts: Callable[[Pattern], list[Pattern]],
+        width: int,
+    ):
+        super().__init__(heads, views, parts)
+        self.width = width
+
+    def attend(self, q: Tensor, *, pattern: Pattern, **call: Any) -> tuple[Tensor, Tensor]:
+        """Attention of `q [B, H, 1, D]`: `(out [B, H, 1, Dv], lse [B, H, 1])`; see `Fixed.attend`."""
+        group = q.shape[1] // sum(map(len, self.heads))
+        out, lse = (
+            q.new_empty(*q.shape[:3], self.width),
+            q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32)),
+        )
+        for heads, view, part in zip(self.heads, self.views, self.parts(pattern), strict=True):
+            assert isinstance(view, Fixed)
+            view.attend(q, pattern=part, part_of=Part(_index(heads, q.device), group, out, lse), **call)
+        return out, lse
+
+
 def take(x: Tensor, heads: Sequence[int]) -> Tensor:
     """Heads `heads` of `x [B, H, ...]`, in that order; a view where they are consecutive."""
     first = heads[0]
@@ -222,9 +285,9 @@ def take(x: Tensor, heads: Sequence[int]) -> Tensor:
     return x.index_select(1, _index(tuple(heads), x.device))
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def _index(heads: tuple[int, ...], device: torch.device) -> Tensor:
-    """`heads` on the device, kept: to send them there at every token would wait for it."""
+    """`heads` on the device, kept for good: to send them there would wait for it, and graphs read them there."""
     # One made in inference mode could not be saved for a gradient later.
     with torch.inference_mode(False):
         return torch.tensor(heads, device=device)

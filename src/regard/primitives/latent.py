@@ -9,7 +9,7 @@ from torch import Tensor
 from regard.core.errors import RegardError
 from regard.core.step import Step
 from regard.core.store import Codec, Fields
-from regard.primitives.buffer import Attend, Shown
+from regard.primitives.buffer import Attend, Container, Shown
 from regard.primitives.full import Full
 
 
@@ -58,6 +58,10 @@ class Latent(Full):
                 )
         super().__init__(attend)
         self.rank = 0
+
+    def unfixed(self, step: Step) -> str | None:
+        """Why `step` cannot be a fixed step."""
+        return Container.unfixed(self, step)
 
     def append(self, k: Tensor, v: Tensor, step: Step) -> LatentShown:
         """Write latents `k [B, 1, T, r]` and rotary keys `v [B, 1, T, e]`; the View shows all arrivals.

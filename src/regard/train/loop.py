@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 from regard.core.errors import RegardError
 from regard.kernels.device import capturing
+from regard.kernels.graphs import Replay, own_stream
 from regard.train import checkpoint
 from regard.train.data import Batch, Source
-from regard.train.graphs import Replay, own_stream
 from regard.train.progress import Watcher
 from regard.train.settings import Settings
 

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.core.shapes import power_of_two
+from regard.core.store import Part
 from regard.kernels import device
 from regard.kernels.attention import intervals
 
@@ -92,6 +93,7 @@ def decode(
     causal: bool = True,
     softcap: float | None = None,
     workers: int | None = None,
+    part_of: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention as `ops/decode.py` defines it, argument by argument; nothing is checked, ask `refuses` first.
 
@@ -101,15 +103,20 @@ def decode(
     Hk, Dv = k.shape[1], v.shape[3]
     chosen = launch(k, v)
     programs = workers or _cores(k.device) * chosen.programs
-    group, block_v = H // Hk, power_of_two(Dv)
-    out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
+    group, block_v = H // Hk if part_of is None else part_of.group, power_of_two(Dv)
+    if part_of is None:
+        out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
+    else:
+        out, lse = part_of.out, part_of.lse
+    heads = None if part_of is None else part_of.heads
     # What is left unfinished at either end of a worker's interval, then its peaks and masses.
     part = torch.empty(programs * 2 * T * group * (Dv + 2), dtype=torch.float32, device=q.device)
     room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     at = (0, 0, 0) if positions is None else _strides(positions if positions.dim() == 3 else positions[:, None])
     scattered = pages is not None and k.shape[2] % chosen.tile != 0
     _decode[(programs,)](
-        q, k, v, out, lse, part, lengths, pages, positions, q_positions, B, Hk, room, T, scale, softcap, sink, recent,
+        q, k, v, out, lse, part, lengths, pages, positions, q_positions, heads,
+        B, Hk, H // group, room, T, scale, softcap, sink, recent,
         0 if pages is None else pages.stride(0), *at, 0 if q_positions is None else _strides(q_positions)[0],
         q.stride(), k.stride(), v.stride(),
         GROUP=group, D=D, DV=Dv, BLOCK_D=power_of_two(D), BLOCK_V=block_v, ROWS=max(16, power_of_two(T * group)),
@@ -120,7 +127,7 @@ def decode(
     )  # fmt: skip
     if programs > 1:
         _merge[(B * Hk, T * group)](
-            out, lse, part, lengths, B, Hk, room, T, programs,
+            out, lse, part, lengths, heads, B, Hk, H // group, room, T, programs,
             GROUP=group, DV=Dv, BLOCK_V=block_v, TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
@@ -141,13 +148,16 @@ def _cores(where: torch.device) -> int:
 # Triton's interpreter multiplies bfloat16 as if it were integers; its values are exact in float32.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What changes from call to call and must not compile anew.
-CHANGING = ["batch", "heads", "room", "T", "sink", "recent", "pages_row", "at_row", "at_head", "at_key", "asked_row"]
+CHANGING = [
+    "batch", "heads", "total", "room", "T", "sink", "recent", "pages_row", "at_row", "at_head", "at_key", "asked_row",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _decode(
-    Q, K, V, OUT, LSE, PART, LENGTHS, PAGES, POSITIONS, ASKED,
-    batch, heads, room, T, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row, sq, sk, sv,
+    Q, K, V, OUT, LSE, PART, LENGTHS, PAGES, POSITIONS, ASKED, NAMED,
+    batch, heads, total, room, T, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row,
+    sq, sk, sv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
@@ -159,9 +169,9 @@ def _decode(
     query, mine, count = rows // GROUP, rows < T * GROUP, T * GROUP
     while place < stop:
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
-        last = tl.minimum(tiles, first + stop - place)
-        held = intervals.keys(LENGTHS, row, room)
-        spot = row.to(tl.int64) * sq[0] + (head * GROUP + rows % GROUP) * sq[1] + query * sq[2]
+        last, held = tl.minimum(tiles, first + stop - place), intervals.keys(LENGTHS, row, room)
+        named = intervals.named(NAMED, head)
+        spot = row.to(tl.int64) * sq[0] + (named * GROUP + rows % GROUP) * sq[1] + query * sq[2]
         q = tl.load(Q + spot[:, None] + width[None, :] * sq[3], mask=mine[:, None] & (width < D)[None, :], other=0.0)
         asked = query  # full attention does not place its queries among the keys
         if ASKED is not None:
@@ -169,8 +179,7 @@ def _decode(
         elif CUT or recent is not None:
             asked += held - T
         peak = tl.full((ROWS,), -float("inf"), tl.float32)
-        mass = tl.zeros((ROWS,), tl.float32)
-        acc = tl.zeros((ROWS, BLOCK_V), tl.float32)
+        mass, acc = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_V), tl.float32)
         if PAGE is not None:
             # A tile within a page needs one entry of the table, read while the tile before it is.
             ENTRIES, newest = PAGES + row.to(tl.int64) * pages_row, tl.maximum(held, 1) - 1
@@ -201,7 +210,7 @@ def _decode(
             v = tl.load(v_at[:, None] + columns[None, :], mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
             acc = acc * old[:, None] + _product(p.to(v.dtype), v)
         if last - first == tiles:
-            _finish(OUT, LSE, rows, row, head, heads, T, peak, mass, acc, GROUP, DV, BLOCK_V)
+            _finish(OUT, LSE, rows, row, named, total, T, peak, mass, acc, GROUP, DV, BLOCK_V)
         else:
             _keep(PART, workers, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
         place += last - first
@@ -234,9 +243,9 @@ def _seen(asked, at, inside, sink, recent, CUT: tl.constexpr):
     return seen
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "room", "T", "workers"])
+@triton.jit(do_not_specialize=["batch", "heads", "total", "room", "T", "workers"])
 def _merge(
-    OUT, LSE, PART, LENGTHS, batch, heads, room, T, workers,
+    OUT, LSE, PART, LENGTHS, NAMED, batch, heads, total, room, T, workers,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One query row of one output, joined from its pieces; outputs that one worker read are written already."""
@@ -264,8 +273,8 @@ def _merge(
             mass = mass * old + tl.sum(masses * weights, 0)
             acc = acc * old + tl.sum(pieces * weights[:, None], 0)
             peak = top
-        one = tl.zeros((1,), tl.float32)
-        _finish(OUT, LSE, line + tl.arange(0, 1), row, head, heads, T, peak + one, mass + one, acc[None, :],
+        one, named = tl.zeros((1,), tl.float32), intervals.named(NAMED, head)
+        _finish(OUT, LSE, line + tl.arange(0, 1), row, named, total, T, peak + one, mass + one, acc[None, :],
                 GROUP, DV, BLOCK_V)  # fmt: skip
 
 

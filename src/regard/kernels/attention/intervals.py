@@ -20,6 +20,15 @@ def keys(LENGTHS, request, length):
 
 
 @triton.jit
+def named(NAMED, head):
+    """The number of KV head `head` among all of its layer; `NAMED` None: the same."""
+    found = head
+    if NAMED is not None:
+        found = tl.load(NAMED + head).to(tl.int32)
+    return found
+
+
+@triton.jit
 def counted(held, TILE: tl.constexpr):
     """Tiles of an output of so many keys."""
     return (tl.maximum(held, 1) + TILE - 1) // TILE

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from regard.core.shapes import power_of_two
-from regard.core.store import Fields, Form
+from regard.core.store import Fields, Form, Part
 from regard.kernels import device
 from regard.kernels.attention import intervals
 from regard.kernels.cache.codes import dot, of_two, of_word, step_and_lo, to_bfloat16
@@ -113,6 +113,7 @@ def read(
     causal: bool = True,
     workers: int | None = None,
     launch: Launch | None = None,
+    part_of: Part | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over keys and values in codes. Nothing is checked: ask `refuses` first.
 
@@ -132,44 +133,50 @@ def read(
         causal: whether no query sees what follows it.
         workers: programs; None: as many as run at once.
         launch: instead of the one of the table.
+        part_of: which heads of `q` the keys are of, and where their answers go.
 
     Returns:
         out `[B, H, T, Dv]` in q's dtype, lse `[B, H, T]` float32.
     """
-    rows = q.shape[2] * q.shape[1] // keys[0].shape[1]
+    group = q.shape[1] // keys[0].shape[1] if part_of is None else part_of.group
+    rows = q.shape[2] * group
     chosen = launch or _launch(max(8, power_of_two(rows)), keys, values)
     room = keys[0].shape[2] * (1 if pages is None else pages.shape[1])
     tiles = q.shape[0] * keys[0].shape[1] * -(-max(room, 1) // chosen.tile)
     programs = min(workers or _workers(q.device, chosen), tiles)
     where = {"lengths": lengths, "pages": pages, "positions": positions, "q_positions": q_positions}
     see = {"sink": sink, "recent": recent, "causal": causal}
-    return _run(q, keys, values, key, value, scale, programs, chosen, room, **where, **see)
+    return _run(q, keys, values, key, value, scale, programs, chosen, room, group, part_of, **where, **see)
 
 
 def _run(
     q: Tensor, keys: Fields, values: Fields, key: Form | None, value: Form | None, scale: float,
-    programs: int, chosen: Launch, room: int, *, lengths: Tensor | None, pages: Tensor | None,
+    programs: int, chosen: Launch, room: int, group: int, part_of: Part | None, *,
+    lengths: Tensor | None, pages: Tensor | None,
     positions: Tensor | None, q_positions: Tensor | None, sink: int, recent: int | None, causal: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both launches of `read`."""
     B, H, T, D = q.shape
-    Hk, rows = keys[0].shape[1], T * H // keys[0].shape[1]
+    Hk, rows = keys[0].shape[1], T * group
     Dv = values[0].shape[3] * (2 if value is not None and value.bits == 4 else 1)
-    out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
+    if part_of is None:
+        out, lse, heads = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32), None
+    else:
+        out, lse, heads = part_of.out, part_of.lse, part_of.heads
     # Along the line either the worker or the output changes from one piece to the next: their sum names a piece.
     part, stats = (q.new_empty(programs + B * Hk, rows, n, dtype=torch.float32) for n in (Dv, 2))
     _read_codes[(programs,)](
         q, *_words(keys, key), *_words(values, value), part, stats, lengths, pages, positions, q_positions,
-        B, Hk, room, T, scale, sink, recent, *_rows(keys), *_rows(values), 0 if pages is None else pages.stride(0),
-        *_shared(positions, 3), _shared(q_positions, 2)[0], *q.stride(),
+        heads, B, Hk, room, T, scale, sink, recent, *_rows(keys), *_rows(values),
+        0 if pages is None else pages.stride(0), *_shared(positions, 3), _shared(q_positions, 2)[0], *q.stride(),
         KEY=_bits(key), VALUE=_bits(value), TURN=_log(key), PAGE=None if pages is None else keys[0].shape[2],
-        CUT=causal and (T > 1 or positions is not None), GROUP=H // Hk, D=D, DV=Dv,
+        CUT=causal and (T > 1 or positions is not None), GROUP=group, D=D, DV=Dv,
         COLUMNS=max(8, power_of_two(rows)), TILE=chosen.tile,
         num_warps=chosen.warps, num_stages=chosen.stages, maxnreg=chosen.registers,
     )  # fmt: skip
     _merge[(B * Hk, rows)](
-        out, lse, part, stats, lengths, B, Hk, room, T, programs,
-        GROUP=H // Hk, DV=Dv, TURN=_log(value), TILE=chosen.tile, num_warps=4,
+        out, lse, part, stats, lengths, heads, B, Hk, H // group, room, T, programs,
+        GROUP=group, DV=Dv, TURN=_log(value), TILE=chosen.tile, num_warps=4,
     )  # fmt: skip
     return out, lse
 
@@ -184,6 +191,7 @@ def write(
     value: Form | None,
     start: int | Tensor = 0,
     pages: Tensor | None = None,
+    heads: Tensor | None = None,
 ) -> None:
     """Rotate, quantise, pack and store `k [B, Hk, T, D]` and `v`, in one launch. Nothing is checked.
 
@@ -196,12 +204,13 @@ def write(
         value: the same of the values.
         start: slot of the first new token, or `[B]` integers, one a request.
         pages: `[B, n]` int32 or int64: slot i of a request lies in page `pages[b, i // page]`.
+        heads: `[n]` integers, the heads of `k` and `v` that `keys` and `values` hold; None: all.
     """
-    B, Hk, T, D = k.shape
+    (B, _, T, D), Hk = k.shape, keys[0].shape[1]
     several = isinstance(start, Tensor)
     tokens = min(16, power_of_two(T))
     _write_codes[(-(-T // tokens), B * Hk, 2)](
-        k, v, *_pair(keys), *_pair(values), start if several else None, pages,
+        k, v, *_pair(keys), *_pair(values), start if several else None, pages, heads,
         Hk, T, 0 if several else start, *_rows(keys), *_rows(values), 0 if pages is None else pages.stride(0),
         *k.stride(), *v.stride(), D=D, DV=v.shape[-1], TOKENS=tokens,
         KEY=_bits(key), VALUE=_bits(value),
@@ -263,7 +272,7 @@ def _shared(x: Tensor | None, dims: int) -> tuple[int, ...]:
     "q_channel",
 ])  # fmt: skip
 def _read_codes(
-    Q, K, KA, V, VA, PART, STATS, LENGTHS, PAGES, POSITIONS, ASKED, batch, heads, room, T, scale, sink, recent,
+    Q, K, KA, V, VA, PART, STATS, LENGTHS, PAGES, POSITIONS, ASKED, NAMED, batch, heads, room, T, scale, sink, recent,
     k_row, k_head, ka_row, ka_head, v_row, v_head, va_row, va_head, pages_row,
     at_row, at_head, at_key, asked_row, q_row, q_head, q_token, q_channel,
     KEY: tl.constexpr, VALUE: tl.constexpr, TURN: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
@@ -279,8 +288,8 @@ def _read_codes(
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
         last = tl.minimum(tiles, first + stop - place)
         held = intervals.keys(LENGTHS, row, room)
-        row = row.to(tl.int64)
-        spot = row * q_row + (head * GROUP + column % GROUP) * q_head + (column // GROUP) * q_token
+        row, named = row.to(tl.int64), intervals.named(NAMED, head)
+        spot = row * q_row + (named * GROUP + column % GROUP) * q_head + (column // GROUP) * q_token
         q = tl.load(Q + spot[:, None] + tl.arange(0, D)[None, :] * q_channel, mask=mine[:, None], other=0.0)
         asked = column // GROUP
         if ASKED is not None:
@@ -447,9 +456,9 @@ def _keep(PART, STATS, spot, column, mine, m, mass, rest, acc, DV: tl.constexpr,
     tl.store(PART + (spot + column)[None, :] * DV + at[:, None], acc, mask=mine[None, :])
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "room", "T", "workers"])
+@triton.jit(do_not_specialize=["batch", "heads", "total", "room", "T", "workers"])
 def _merge(
-    OUT, LSE, PART, STATS, LENGTHS, batch, heads, room, T, workers,
+    OUT, LSE, PART, STATS, LENGTHS, NAMED, batch, heads, total, room, T, workers,
     GROUP: tl.constexpr, DV: tl.constexpr, TURN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One query row of one output, joined from its pieces and rotated back. Without keys: 0 and -inf."""
@@ -477,7 +486,8 @@ def _merge(
         acc = acc * old[:, None] + tl.sum(pieces * weights[:, None], 0)[None, :]
         m = top
     some = tl.where(mass == 0, 1.0, mass)
-    one, spot = tl.arange(0, 1), ((row * heads + head) * GROUP + line % GROUP).to(tl.int64) * T + line // GROUP
+    head = intervals.named(NAMED, head)
+    one, spot = tl.arange(0, 1), ((row * total + head) * GROUP + line % GROUP).to(tl.int64) * T + line // GROUP
     tl.store(LSE + spot + one, tl.where(mass == 0, -float("inf"), (m + tl.log2(some)) * 0.6931471805599453))
     out = rotated(acc / some[:, None], 1, DV, TURN)
     tl.store(OUT + (spot + one)[:, None] * DV + channels[None, :], out.to(OUT.dtype.element_ty))
@@ -488,7 +498,7 @@ def _merge(
     "pages_row", "xk_row", "xk_head", "xk_token", "xk_channel", "xv_row", "xv_head", "xv_token", "xv_channel",
 ])  # fmt: skip
 def _write_codes(
-    XK, XV, K, KA, V, VA, STARTS, PAGES, heads, T, start,
+    XK, XV, K, KA, V, VA, STARTS, PAGES, NAMED, heads, T, start,
     k_row, k_head, ka_row, ka_head, v_row, v_head, va_row, va_head, pages_row,
     xk_row, xk_head, xk_token, xk_channel, xv_row, xv_head, xv_token, xv_channel,
     D: tl.constexpr, DV: tl.constexpr, TOKENS: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr,
@@ -499,13 +509,14 @@ def _write_codes(
     row, head, here = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads, token < T
     if STARTS is not None:
         start = tl.load(STARTS + row).to(tl.int32)
+    named = intervals.named(NAMED, head)
     if tl.program_id(2) == 0:
-        x = XK + row * xk_row + head * xk_head + token.to(tl.int64)[:, None] * xk_token
+        x = XK + row * xk_row + named * xk_head + token.to(tl.int64)[:, None] * xk_token
         x = tl.load(x + tl.arange(0, D)[None, :] * xk_channel, mask=here[:, None], other=0.0)
         _stored(x, K, KA, PAGES, row, head, start, token, here, k_row, k_head, ka_row, ka_head, pages_row,
                 D, TOKENS, KEY, TURN_K, PAGE)  # fmt: skip
     else:
-        x = XV + row * xv_row + head * xv_head + token.to(tl.int64)[:, None] * xv_token
+        x = XV + row * xv_row + named * xv_head + token.to(tl.int64)[:, None] * xv_token
         x = tl.load(x + tl.arange(0, DV)[None, :] * xv_channel, mask=here[:, None], other=0.0)
         _stored(x, V, VA, PAGES, row, head, start, token, here, v_row, v_head, va_row, va_head, pages_row,
                 DV, TOKENS, VALUE, TURN_V, PAGE)  # fmt: skip

@@ -151,7 +151,7 @@ def quantise(z: Tensor, bits: int) -> Fields:
     z = z.float()
     lo, hi = z.aminmax(dim=-1, keepdim=True)
     s = (hi - lo).clamp_(min=1e-8).div_(2**bits - 1)
-    if z.device.type == "cpu" and z.numel() and not math.isfinite(s.amax().item()):
+    if z.device.type == "cpu" and z.numel() and not math.isfinite(s.amax()):
         raise RegardError("'saw_int4' was given keys or values that are not finite numbers")
     # Positive numbers are cut to whole ones by the cast.
     codes = (z - lo).div_(s).add_(0.5).to(torch.uint8)
