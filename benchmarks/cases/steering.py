@@ -93,7 +93,7 @@ def run(
     spreads = {name: spread([one[name] for one in plain]) for name in plain[0]}
     shown = summary({"plain": plain, "gains": {name: [0.0] * seeds for name in plain[0]}})
     table = [
-        {"method": "none", "improves": "", "setting": "", **shown, "added ms a token": 0.0, "why": "", "seeds": plain}
+        {"method": "none", "improves": "", "setting": "", **shown, "added ms a token": 0.0, "why": {}, "seeds": plain}
     ]
     for (stem, entry), (row, setting) in zip(known.items(), done, strict=True):
         cost = {"added ms a token": None} if setting is None else latency(place.bench, setting, timed)
@@ -147,14 +147,14 @@ def judge(stem: str, sizes: Sizes) -> tuple[dict[str, Any], steers.Setting | Non
         asked, same = place.test.alone(setting, ANSWERS_ALONE)
     except Exception as error:
         # One mechanism that fails must not lose the others' figures.
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
         blank = dict.fromkeys(summary(None))
         return {"improves": "cannot run", "setting": "", **blank, "why": why}, None
     row = {
         "improves": "yes" if result.pop("improves") else "no",
         "setting": _short(setting),
         **summary(result),
-        "why": "",
+        "why": {},
     }
     row |= {"chosen": setting.told(), "alone": {"asked": asked, "same": same}, "seeds": found, **result}
     row["tried"] = [one.told() | {"merit": merit(told), "mean": told["mean"]} for one, told in tried]

@@ -79,7 +79,7 @@ def test_both_cases_run(monkeypatch):
     assert gift["seeds"][0]["chair_i"] == pytest.approx(none["chair_i"] - gift["gains"]["chair_i"][0])
     assert set(facts["test seeds"]).isdisjoint(facts["tuning seeds"])
     assert (aia["improves"], aia["accuracy"]) == ("cannot run", None)
-    assert "is added to a loss" in aia["why"]
+    assert "is added to a loss" in aia["why"]["said"]
     facts, rows = steered.run(**small, steps=1, stems=["gift", "aia"])
     assert [(row["recipe"], row["method"], row["asked"]) for row in rows] == [("int4", "gift", 10), ("duo", "gift", 10)]
     assert "is added to a loss" in facts["cannot run"]["aia"]
