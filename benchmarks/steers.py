@@ -30,8 +30,10 @@ from regard.measure.scenes import KINDS, MOST, Thing, draw, render
 from regard.models import vlm
 from regard.observe import tracing
 from regard.ops.logits import agla
+from regard.ops.maps import resized
 from regard.ops.residual.anchor_edit import anchor
 from regard.ops.scores import paint
+from regard.ops.views import carve
 
 # Where steering happens (docs/design.md, section 9).
 SITES = ("scores", "probabilities", "heads", "residual", "logits", "objectives", "views")
@@ -120,8 +122,8 @@ class Bench:
             ids: `[B, n]`, behind the prompt. margins: `[B, n]` float32, the largest logit less the second one.
         """
         wanted = {"return_dict_in_generate": True, "output_logits": True}
-        with steered(self, batch, setting, recipe):
-            out = self.model.generate(**batch.inputs, max_new_tokens=batch.most, do_sample=False, **wanted)
+        with steered(self, batch, setting, recipe) as inputs:
+            out = self.model.generate(**inputs, max_new_tokens=batch.most, do_sample=False, **wanted)
         best = torch.stack(out.logits, 1).float().topk(2, -1).values
         return out.sequences[:, batch.inputs["input_ids"].shape[1] :], best[..., 0] - best[..., 1]
 
@@ -234,6 +236,7 @@ class Given:
         rows: makes tensor options of a batch, one a row.
         mark: a batch's token map, with sets.
         lend: what branches use of a batch.
+        show: other pixels for a batch, of what is called and not attached.
     """
 
     layers: Sequence[tuple[int, int]] = (ALL,)
@@ -242,28 +245,51 @@ class Given:
     rows: Callable[[Bench, Batch], dict[str, Tensor]] | None = None
     mark: Callable[[Bench, Batch], TokenMap] | None = None
     lend: Callable[..., Any] | None = None
+    show: "Callable[[Bench, Batch, Setting], Tensor] | None" = None
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A batch as a mechanism wants it: what the model is given, what its tokens are, options a row, what is lent."""
+
+    inputs: dict[str, Tensor]
+    tokens: TokenMap
+    options: dict[str, Tensor] = field(default_factory=dict)
+    thing: Any = None
+
+
+def ready(bench: Bench, batch: Batch, setting: Setting | None) -> Ready:
+    """All of it that depends on the batch, made when it is first asked for."""
+    if setting is None:
+        return Ready(batch.inputs, batch.tokens)
+    given = GIVEN.get(setting.stem, Given())
+    pixels = {"pixel_values": given.show(bench, batch, setting)} if given.show else {}
+    return Ready(
+        batch.inputs | pixels,
+        given.mark(bench, batch) if given.mark else batch.tokens,
+        given.rows(bench, batch) if given.rows else {},
+        given.lend(bench, batch, **setting.lent) if given.lend else None,
+    )
 
 
 @contextmanager
-def steered(bench: Bench, batch: Batch, setting: Setting | None, recipe: Sequence[Placement] = ()) -> Iterator[None]:
-    """Inside, the model answers `batch` under `recipe` and steered by `setting`."""
-    given = Given() if setting is None else GIVEN.get(setting.stem, Given())
-    steering = []
-    if setting is not None:
-        made = given.rows(bench, batch) if given.rows else {}
-        options: dict[str, Any] = setting.options | setting.tensors | made
-        steering = [regard.place(setting.stem, layers=setting.layers, **options)]
-    if not (recipe or steering):
-        yield
+def steered(
+    bench: Bench, batch: Batch, setting: Setting | None, recipe: Sequence[Placement] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """Inside, the model answers under `recipe` and steered by `setting`; yields what it is given for `batch`."""
+    asked, placed = ready(bench, batch, setting), list(recipe)
+    if setting is not None and catalog.find(setting.stem).attachable:
+        options: dict[str, Any] = setting.options | setting.tensors | asked.options
+        placed.append(regard.place(setting.stem, layers=setting.layers, **options))
+    if not placed:
+        yield asked.inputs
         return
-    said = given.mark(bench, batch) if given.mark else batch.tokens
-    thing = given.lend(bench, batch, **setting.lent) if given.lend and setting else None
     with (
-        regard.attach(bench.model, [*recipe, *steering]) as handle,
-        handle.reading(said),
-        nullcontext() if thing is None else handle.lending(thing),
+        regard.attach(bench.model, placed) as handle,
+        handle.reading(asked.tokens),
+        nullcontext() if asked.thing is None else handle.lending(asked.thing),
     ):
-        yield
+        yield asked.inputs
 
 
 def mechanisms() -> dict[str, catalog.Entry]:
@@ -275,24 +301,25 @@ def settings(bench: Bench, stem: str, strengths: Sequence[float] = STRENGTHS) ->
     """All settings of a mechanism that are tried, those of the paper's strength and place first.
 
     Raises:
-        RegardError: the mechanism cannot be attached, or needs tensors that nothing here fits to images.
+        RegardError: the mechanism cannot be attached (or shown, by what is given here), or needs tensors that nothing
+            here fits to images.
     """
     entry, given = catalog.find(stem), GIVEN.get(stem, Given())
-    entry.refuse_unattachable()
+    if given.show is None:
+        entry.refuse_unattachable()
     needed = [name for name, one in entry.card.options.items() if one.kind == "tensor" and not one.optional]
     if needed and not (given.fit or given.rows):
         raise RegardError(f"{stem!r} needs {' and '.join(needed)}, and no fit of it here looks at images")
     places = ["all" if layers == ALL else scaled(layers, bench.depth) for layers in given.layers]
-    fitted = [given.fit(bench, layers) if given.fit else {} for layers in places]
-    seen = []
-    for strength, variant, (layers, tensors) in product(
-        strengths, given.variants(bench), list(zip(places, fitted, strict=True))
-    ):
+    fitted, seen = {}, []
+    for strength, variant, layers in product(strengths, given.variants(bench), places):
+        if layers not in fitted:
+            fitted[layers] = given.fit(bench, layers) if given.fit else {}
         own = {name: x for name, x in variant.items() if name in entry.card.options}
         lent = {name: x for name, x in variant.items() if name not in own}
         # What has no neutral options is as strong as its tensors.
-        factor = strength if entry.card.neutral is None else 1.0
-        made = {name: factor * x for name, x in tensors.items()}
+        factor = strength if fitted[layers] and entry.card.neutral is None else 1.0
+        made = {name: factor * x for name, x in fitted[layers].items()}
         setting = Setting(stem, strength, layers, stronger(entry, strength) | own, lent, made)
         told = setting.told() | {"times": factor}
         if told not in seen:
@@ -343,27 +370,34 @@ def projectors(bench: Bench, layers: Any, count: int = 72, epochs: int = 2) -> d
 
 
 def balance(
-    bench: Bench, layers: Sequence[int] | str, count: int = 192, steps: int = 150, rate: float = 2e-2
+    bench: Bench, layers: Sequence[int] | str, count: int = 192, steps: int = 120, rate: float = 2e-2, rows: int = 24
 ) -> dict[str, Tensor]:
-    """DARA: sums for the scores of the image in `layers`, trained on right answers."""
-    images, texts, rights, _ = zip(*preferences(bench, count), strict=True)
-    ends = [f" {right} {vlm.END}" for right in rights]
-    batch = bench.batch(images, texts, ends=ends)
-    ids, lengths = batch.inputs["input_ids"], [len(bench.ids(end)) for end in ends]
-    width = torch.arange(ids.shape[1], device=ids.device)
-    answer = width[None] >= ids.shape[1] - torch.tensor(lengths, device=ids.device)[:, None]
-    decoder = open_decoder(bench.model)
-    factors = torch.zeros(decoder.layers, decoder.heads, 1, device=ids.device, requires_grad=True)
+    """DARA: sums for the scores of the image in `layers`, trained on right answers, `rows` a step."""
+    drawn, decoder = preferences(bench, count), open_decoder(bench.model)
+    parts = [_answered(bench, drawn[at : at + rows]) for at in range(0, count, rows)]
+    factors = torch.zeros(decoder.layers, decoder.heads, 1, device=bench.model.device, requires_grad=True)
     optimiser = torch.optim.AdamW([factors], lr=rate, weight_decay=0.0)
-    for _ in range(steps):
+    for step in range(steps):
+        batch, answer = parts[step % len(parts)]
         # What is attached holds the graph of its factors, which a step uses up.
         placed = regard.place("dara", layers=layers, mode="add", factors=factors)
         with torch.enable_grad(), regard.attach(bench.model, [placed]) as handle, handle.reading(batch.tokens):
             logits = bench.model(**batch.inputs).logits[:, :-1]
-            loss = torch.nn.functional.cross_entropy(logits[answer[:, 1:]], ids[:, 1:][answer[:, 1:]])
+            target = batch.inputs["input_ids"][:, 1:][answer]
+            loss = torch.nn.functional.cross_entropy(logits[answer], target)
         (factors.grad,) = torch.autograd.grad(loss, factors)
         optimiser.step()
     return {"factors": factors.detach().cpu()}
+
+
+def _answered(bench: Bench, some: Sequence[tuple[Tensor, str, str, str]]) -> tuple[Batch, Tensor]:
+    """Questions with their right answers behind them, and which tokens after the first are the answers'."""
+    images, texts, rights, _ = zip(*some, strict=True)
+    ends = [f" {right} {vlm.END}" for right in rights]
+    batch = bench.batch(images, texts, ends=ends)
+    lengths = torch.tensor([len(bench.ids(end)) for end in ends])[:, None]
+    width = batch.inputs["input_ids"].shape[1]
+    return batch, (torch.arange(1, width) >= width - lengths).to(bench.model.device)
 
 
 def recovery(bench: Bench, layers: Any, count: int = 32) -> dict[str, Tensor]:
@@ -387,17 +421,9 @@ def anchors(bench: Bench, batch: Batch) -> dict[str, Tensor]:
 @torch.no_grad()
 def _anchors(bench: Bench, batch: Batch) -> dict[str, Tensor]:
     images = batch.inputs["pixel_values"]
-    text = hallucination.prompt(bench.processor, ask.TEXTS["caption"])
-    one = bench.processor(images=[torch.zeros(64, 64, 3, dtype=torch.uint8)], text=[text], return_tensors="pt")
-    ids = one["input_ids"].expand(len(images), -1).to(images.device)
-    out = bench.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=images,
-        max_new_tokens=LONG,
-        do_sample=False,
-    )
-    captions = bench.text(out[:, ids.shape[1] :])
+    prompts = _captioning(bench, len(images))
+    out = bench.model.generate(**prompts, pixel_values=images, max_new_tokens=LONG, do_sample=False)
+    captions = bench.text(out[:, prompts["input_ids"].shape[1] :])
     kinds = torch.full((len(captions), MOST), -1)
     for row, caption in enumerate(captions):
         named = list(dict.fromkeys(ask.named(caption)))[:MOST]
@@ -450,11 +476,57 @@ def _relevant(bench: Bench, batch: Batch, similarity: float) -> Tensor:
     return torch.cat(shown)
 
 
+def refined(bench: Bench, batch: Batch, setting: Setting) -> Tensor:
+    """CARVE: the part of each image that the question looks at more than a caption does, cut out and enlarged.
+
+    Looked at are the rows that emit the first token. What is enlarged has the image's size again.
+    """
+    return batch.once(repr(setting.told()), partial(_refined, bench, batch, setting))
+
+
+@torch.no_grad()
+def _refined(bench: Bench, batch: Batch, setting: Setting) -> Tensor:
+    pixels, captions = batch.inputs["pixel_values"], _captioning(bench, len(batch.inputs["input_ids"]))
+    layers, side = list(setting.layers), vlm.SIDE // vlm.PATCH
+    looks = []
+    for given, visual in (
+        (batch.inputs, batch.tokens.of(Kind.VISUAL)),
+        (captions | {"pixel_values": pixels}, captions["input_ids"] == bench.model.config.image_token_id),
+    ):
+        maps = []
+        for at in range(0, len(pixels), 256):
+            part = {name: x[at : at + 256] for name, x in given.items()}
+            out = bench.eager(**part, output_attentions=True).attentions
+            rows = torch.stack([out[layer][:, :, -1].mean(1) for layer in layers], 1)
+            seen = visual[at : at + 256, None].expand_as(rows)
+            maps.append(rows[seen].view(*rows.shape[:2], -1))
+        looks.append(torch.cat(maps).cpu())
+    shown = []
+    # Black is 0 before it is normalised. Regions are found faster on the host.
+    for image, question, general in zip((pixels.cpu() + 1) / 2, *looks, strict=True):
+        found = carve.show(question[None], general[None], (side, side), image.shape[1:], **setting.options)
+        (part,) = carve.images(image, found, keep_original=False)
+        shown.append(resized(part, image.shape[1:]))
+    return (2 * torch.stack(shown) - 1).to(pixels)
+
+
+def _captioning(bench: Bench, rows: int) -> dict[str, Tensor]:
+    """Ids and mask of `rows` prompts for a caption."""
+    blank = torch.zeros(vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
+    inputs = bench.batch([blank], [ask.TEXTS["caption"]]).inputs
+    return {name: inputs[name].expand(rows, -1) for name in ("input_ids", "attention_mask")}
+
+
 # What is not named here runs as its card says.
 GIVEN: dict[str, Given] = {
     "act": Given(layers=((2, 31), ALL), variants=lambda bench: ({"relative": 5.0}, {"theta": 0.1})),
     "agla": Given(lend=relevant, variants=lambda bench: ({"similarity": 0.5}, {"similarity": 1.0})),
     "anchor_edit": Given(layers=((16, 17), (26, 27)), rows=anchors),
+    "carve": Given(
+        layers=((20, 26),),
+        variants=lambda bench: tuple({"fuse": "first", "share": share} for share in (0.2, 0.4, 0.6)),
+        show=refined,
+    ),
     "damro": Given(variants=lambda bench: ({"outliers": 1}, {"outliers": 4}, {"outliers": 10})),
     "dara": Given(layers=((0, 1), ALL), variants=lambda bench: ({"mode": "add"},), fit=balance),
     "dcd": Given(fit=projectors),

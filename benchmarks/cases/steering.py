@@ -24,11 +24,14 @@ import torch
 import steers
 from regard.measure import scene_questions as ask
 from regard.measure.hallucination import Report
+from regard.models import vlm
 from regard.search import facts
 
 # The figures that decide, those that must not fall, and those of which less is better.
 AIMS, KEPT, LESS = ("accuracy", "chair_i"), ("accuracy", "chair_i", "recall"), ("chair_s", "chair_i")
 ANSWERS_ALONE = 12
+# Columns of time, as they are for the model itself.
+TIMED = {"added ms a token": 0.0, "ms a request": 0.0}
 # Tuning scenes have seeds from here on; each seed takes a few numbers above itself.
 TUNING = 5_000
 
@@ -92,11 +95,9 @@ def run(
     plain = [figures(report) for report in place.reports]
     spreads = {name: spread([one[name] for one in plain]) for name in plain[0]}
     shown = summary({"plain": plain, "gains": {name: [0.0] * seeds for name in plain[0]}})
-    table = [
-        {"method": "none", "improves": "", "setting": "", **shown, "added ms a token": 0.0, "why": {}, "seeds": plain}
-    ]
+    table = [{"method": "none", "improves": "", "setting": "", **shown, **TIMED, "why": {}, "seeds": plain}]
     for (stem, entry), (row, setting) in zip(known.items(), done, strict=True):
-        cost = {"added ms a token": None} if setting is None else latency(place.bench, setting, timed)
+        cost = dict.fromkeys(TIMED) if setting is None else latency(place.bench, setting, timed)
         table.append({"method": stem, **row, **cost, "site": entry.site, "sheet": entry.card.sheet})
     told = facts.machine(place.bench.model) | {"model": facts.model_facts(place.bench.model), "spreads": spreads}
     told |= {
@@ -206,22 +207,32 @@ def merit(result: Mapping[str, Any]) -> tuple[bool, float]:
 
 
 def latency(bench: steers.Bench, setting: steers.Setting, count: int, repeats: int = 3) -> dict[str, Any]:
-    """Seconds a token of one caption, prompt included, steered and not, in turns."""
-    image = torch.zeros(64, 64, 3, dtype=torch.uint8)
-    batch = bench.batch([image], [ask.TEXTS["caption"]])
+    """Seconds of one caption, steered and not, in turns: a token, prompt included, and what is made of its image first.
 
-    def once(one: steers.Setting | None) -> float:
-        with torch.no_grad(), steers.steered(bench, batch, one):
-            _finished(bench)
-            began = time.perf_counter()
-            bench.model.generate(**batch.inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
-            _finished(bench)
-            return (time.perf_counter() - began) / count
+    Such are sets of tokens, another view, or a picture drawn from a first caption.
+    """
+    image = torch.zeros(vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
+
+    def once(one: steers.Setting | None) -> tuple[float, float]:
+        batch = bench.batch([image], [ask.TEXTS["caption"]])
+        with torch.no_grad():
+            marks = [_now(bench)]
+            steers.ready(bench, batch, one)
+            marks.append(_now(bench))
+            with steers.steered(bench, batch, one) as inputs:
+                marks.append(_now(bench))
+                bench.model.generate(**inputs, max_new_tokens=count, min_new_tokens=count, do_sample=False)
+                marks.append(_now(bench))
+        return (marks[3] - marks[2]) / count, marks[1] - marks[0]
 
     for one in (None, setting):
         once(one)
     pairs = [(once(None), once(setting)) for _ in range(repeats)]
-    return {"added ms a token": 1e3 * median(b - a for a, b in pairs), "seconds a token": pairs}
+    return {
+        "added ms a token": 1e3 * median(steered[0] - plain[0] for plain, steered in pairs),
+        "ms a request": 1e3 * median(steered[1] for _, steered in pairs),
+        "timings": pairs,
+    }
 
 
 def summary(result: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -249,6 +260,7 @@ def _short(setting: steers.Setting) -> str:
     return f"x{setting.strength:g} layers {setting.layers if isinstance(setting.layers, str) else list(setting.layers)}"
 
 
-def _finished(bench: steers.Bench) -> None:
+def _now(bench: steers.Bench) -> float:
     if bench.model.device.type == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
