@@ -21,7 +21,7 @@ from regard import catalog
 from regard.adapters import tokens
 from regard.adapters.families import open_decoder
 from regard.calibrate import dcd
-from regard.core.errors import RegardError
+from regard.core.errors import RegardError, choose
 from regard.core.placement import Placement
 from regard.core.token_map import Kind, TokenMap
 from regard.measure import hallucination
@@ -46,6 +46,8 @@ CUT = "beta"
 # Scenes of fits; exams take seeds below.
 FITS = 1_000_000
 SHORT, LONG = 8, 28
+# The margin of a token that a cut leaves alone.
+CLEAR = 100.0
 ALL = (0, DEPTH)
 
 
@@ -119,13 +121,14 @@ class Bench:
         """What is said to a batch, greedily, under `recipe` and steered by `setting`.
 
         Returns:
-            ids: `[B, n]`, behind the prompt. margins: `[B, n]` float32, the largest logit less the second one.
+            ids: `[B, n]`, behind the prompt. margins: `[B, n]` float32, the largest logit less the second one, `CLEAR`
+            at most.
         """
         wanted = {"return_dict_in_generate": True, "output_logits": True}
         with steered(self, batch, setting, recipe) as inputs:
             out = self.model.generate(**inputs, max_new_tokens=batch.most, do_sample=False, **wanted)
         best = torch.stack(out.logits, 1).float().topk(2, -1).values
-        return out.sequences[:, batch.inputs["input_ids"].shape[1] :], best[..., 0] - best[..., 1]
+        return out.sequences[:, batch.inputs["input_ids"].shape[1] :], (best[..., 0] - best[..., 1]).clamp(max=CLEAR)
 
     def answers(self, batch: Batch, setting: "Setting | None" = None, recipe: Sequence[Placement] = ()) -> list[str]:
         """The same as text."""
@@ -136,22 +139,42 @@ class Bench:
         return self.processor.batch_decode(ids, skip_special_tokens=True)
 
 
+def _existence(answer: hallucination.Answer, *, seed: int, existence: int, **others: int) -> Any:
+    return hallucination.pope(answer, existence // 4, seed)
+
+
+def _captions(answer: hallucination.Answer, *, seed: int, captions: int, **others: int) -> Any:
+    return hallucination.chair(answer, captions, seed + 1)
+
+
+# What is asked by task: everything, or the same questions of existence, or the same captions, alone.
+TASKS: dict[str, Callable[..., Any]] = {
+    "all": hallucination.evaluate,
+    "existence": _existence,
+    "captions": _captions,
+}
+
+
 class Exam:
-    """The questions of `hallucination.evaluate` for several seeds, asked in few large batches.
+    """The questions of a task for several seeds, asked in few large batches.
 
     Args:
         bench: who is asked.
         seeds: of the scenes; what is counted is counted seed by seed.
-        sizes: further arguments of `evaluate`.
+        sizes: further arguments of `hallucination.evaluate`.
         size: questions at a time.
+        task: one of `TASKS`.
     """
 
-    def __init__(self, bench: Bench, seeds: Sequence[int], sizes: Mapping[str, int], size: int) -> None:
+    def __init__(
+        self, bench: Bench, seeds: Sequence[int], sizes: Mapping[str, int], size: int, task: str = "all"
+    ) -> None:
         self.bench, self.seeds, self._sizes = bench, seeds, dict(sizes)
+        self._evaluate = TASKS[choose("task", task, TASKS)]
         self.images: list[Tensor] = []
         self.texts: list[str] = []
         for seed in seeds:
-            hallucination.evaluate(self._collect, seed=seed, **self._sizes)
+            self._evaluate(self._collect, seed=seed, **self._sizes)
         # Answers of like length together, so that few rows wait for others.
         order = sorted(range(len(self.texts)), key=lambda i: self.texts[i].split()[0])
         kinds = [self.texts[i].split()[0] for i in order]
@@ -175,14 +198,14 @@ class Exam:
                 found[i] = text
         return found
 
-    def reports(self, said: Sequence[str]) -> list[hallucination.Report]:
-        """The figures of all answers, a report a seed."""
+    def reports(self, said: Sequence[str]) -> list[Any]:
+        """The figures of all answers, a report of the task a seed."""
         left = iter(said)
 
         def answer(images: Sequence[Tensor], texts: Sequence[str]) -> list[str]:
             return [next(left) for _ in texts]
 
-        return [hallucination.evaluate(answer, seed=seed, **self._sizes) for seed in self.seeds]
+        return [self._evaluate(answer, seed=seed, **self._sizes) for seed in self.seeds]
 
     def alone(self, setting: "Setting | None", count: int) -> tuple[int, int]:
         """Of `count` questions spread over the exam: how many, and to how many the answer is the same asked alone."""
@@ -359,14 +382,14 @@ def preferences(bench: Bench, count: int) -> list[tuple[Tensor, str, str, str]]:
     return found
 
 
-def projectors(bench: Bench, layers: Any, count: int = 72, epochs: int = 2) -> dict[str, Tensor]:
+def projectors(bench: Bench, layers: Any, count: int = 360, epochs: int = 1) -> dict[str, Tensor]:
     """DCD: projectors of right and of wrong answers."""
     pairs = []
     for image, text, right, wrong in preferences(bench, count):
         given = bench.batch([image], [text]).inputs
         chosen, rejected = (torch.tensor(bench.ids(f"{answer} {vlm.END}")) for answer in (right, wrong))
         pairs.append(dcd.Pair(given["input_ids"][0].cpu(), chosen, rejected, {"pixel_values": given["pixel_values"]}))
-    return dcd.fit(bench.model, pairs=pairs, epochs=epochs)
+    return dcd.fit(bench.model, pairs=pairs, epochs=epochs, rate=3e-4)
 
 
 def balance(
@@ -398,6 +421,29 @@ def _answered(bench: Bench, some: Sequence[tuple[Tensor, str, str, str]]) -> tup
     lengths = torch.tensor([len(bench.ids(end)) for end in ends])[:, None]
     width = batch.inputs["input_ids"].shape[1]
     return batch, (torch.arange(1, width) >= width - lengths).to(bench.model.device)
+
+
+def calibrated(bench: Bench, layers: Sequence[int] | str, count: int = 72) -> dict[str, Tensor]:
+    """ACT: the paper's search for the heads that are calibrated, here by the loss of right answers about images.
+
+    Of every head by itself, at the card's defaults.
+    """
+    batch, answer = _answered(bench, preferences(bench, count))
+    decoder = open_decoder(bench.model)
+    target = batch.inputs["input_ids"][:, 1:][answer]
+
+    def loss(mask: Tensor) -> float:
+        placed = regard.place("act", layers=layers, heads_mask=mask)
+        with torch.no_grad(), regard.attach(bench.model, [placed]):
+            return float(torch.nn.functional.cross_entropy(bench.model(**batch.inputs).logits[:, :-1][answer], target))
+
+    kept = torch.zeros(decoder.layers, decoder.heads)
+    plain = loss(kept)
+    for layer, head in product(range(decoder.layers) if isinstance(layers, str) else layers, range(decoder.heads)):
+        alone = torch.zeros_like(kept)
+        alone[layer, head] = 1
+        kept[layer, head] = loss(alone) < plain
+    return {"heads_mask": kept}
 
 
 def recovery(bench: Bench, layers: Any, count: int = 32) -> dict[str, Tensor]:
@@ -519,8 +565,10 @@ def _captioning(bench: Bench, rows: int) -> dict[str, Tensor]:
 
 # What is not named here runs as its card says.
 GIVEN: dict[str, Given] = {
-    "act": Given(layers=((2, 31), ALL), variants=lambda bench: ({"relative": 5.0}, {"theta": 0.1})),
-    "agla": Given(lend=relevant, variants=lambda bench: ({"similarity": 0.5}, {"similarity": 1.0})),
+    "act": Given(layers=((2, 31), ALL), variants=lambda bench: ({"theta": 0.1},), fit=calibrated),
+    "agla": Given(
+        lend=relevant, variants=lambda bench: ({"similarity": 1.0}, {"similarity": 0.4}, {"similarity": 0.1})
+    ),
     "anchor_edit": Given(layers=((16, 17), (26, 27)), rows=anchors),
     "carve": Given(
         layers=((20, 26),),

@@ -37,7 +37,8 @@ def run(
     recent: int = 32,
     strength: int = 100,
     steps: int = 40,
-    stems: Sequence[str] | None = None,
+    task: str = "all",
+    stems: str | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row for every recipe and mechanism.
 
@@ -52,11 +53,12 @@ def run(
         recent: last positions that they keep.
         strength: of the steering, in percent of the cards' defaults.
         steps: in which the gates that tell KV heads apart are trained.
-        stems: mechanisms; None: all.
+        task: all, existence or captions.
+        stems: mechanisms, commas between them; None: all.
     """
     bench = steers.Bench.open("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"existence": existence, "captions": captions, "skills": skills}
-    exam = steers.Exam(bench, [seed], sizes, batch)
+    exam = steers.Exam(bench, [seed], sizes, batch, task)
     gates = duo.fit(bench.model, spoken(bench), steps=steps, length=128, sink=sink, recent=recent)
     streaming = {"sparsity": sparsity / 100, "sink": sink, "recent": recent}
     options: dict[str, Any] = {**streaming, **gates}
@@ -64,7 +66,7 @@ def run(
     dense = replies(exam, None, ())
     alone = {name: replies(exam, None, recipe) for name, recipe in recipes.items()}
     table, left = [], {}
-    for stem in steers.mechanisms() if stems is None else stems:
+    for stem in steers.mechanisms() if stems is None else stems.split(","):
         try:
             setting = next(steers.settings(bench, stem, (strength / 100,)))
             steering = replies(exam, setting, ())

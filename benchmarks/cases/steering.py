@@ -8,6 +8,9 @@ the same figure unsteered, positive where it is better. The spread of a figure i
 model's over the seeds. A mechanism *improves* if its mean gain in POPE accuracy or in CHAIR_I exceeds that figure's
 spread, and none of POPE accuracy, CHAIR_I and recall of captions loses more than its spread. Of the settings tried,
 those that lose nothing so on the tuning seeds come first, and of these the one with the largest gain in spreads.
+
+The papers tune to each benchmark by itself. `task=existence` and `task=captions` do so: the same rule over the figures
+of one task (POPE accuracy; CHAIR_I and recall), the same questions. They were added once the table of both was known.
 """
 
 import multiprocessing
@@ -22,13 +25,17 @@ from typing import Any
 import torch
 
 import steers
+from regard import catalog
 from regard.measure import scene_questions as ask
-from regard.measure.hallucination import Report
+from regard.measure.hallucination import Captions, Existence, Report
 from regard.models import vlm
 from regard.search import facts
 
 # The figures that decide, those that must not fall, and those of which less is better.
 AIMS, KEPT, LESS = ("accuracy", "chair_i"), ("accuracy", "chair_i", "recall"), ("chair_s", "chair_i")
+PRINTED = ("accuracy", "f1", "chair_s", "chair_i", "recall", "neutral")
+# Gains that are a spread but for rounding do not exceed it.
+ROUNDING = 1e-9
 ANSWERS_ALONE = 12
 # Columns of time, as they are for the model itself.
 TIMED = {"added ms a token": 0.0, "ms a request": 0.0}
@@ -48,6 +55,7 @@ class Sizes:
     batch: int
     strengths: int
     seconds: float
+    task: str
 
 
 def run(
@@ -62,7 +70,8 @@ def run(
     workers: int = 0,
     seconds: int = 120,
     timed: int = 12,
-    stems: Sequence[str] | None = None,
+    task: str = "all",
+    stems: str | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row for the model as it is, and one for every mechanism.
 
@@ -78,13 +87,14 @@ def run(
         workers: processes side by side; 0: none but this one.
         seconds: no further setting of a mechanism is tried after so many.
         timed: tokens of the answers by which time is measured.
-        stems: mechanisms; None: all.
+        task: all, existence or captions.
+        stems: mechanisms, commas between them; None: all.
     """
     asked = {"existence": existence, "captions": captions, "skills": skills}
     tuned = {name: max(number * share // 100, 4) for name, number in asked.items()}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = Sizes(device, seeds, tuning, _items(asked), _items(tuned), batch, strengths, seconds)
-    known = steers.mechanisms() if stems is None else {stem: steers.mechanisms()[stem] for stem in stems}
+    sizes = Sizes(device, seeds, tuning, _items(asked), _items(tuned), batch, strengths, seconds, task)
+    known = steers.mechanisms() if stems is None else {stem: catalog.find(stem) for stem in stems.split(",")}
     if workers:
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -94,7 +104,7 @@ def run(
     place = station(sizes)
     plain = [figures(report) for report in place.reports]
     spreads = {name: spread([one[name] for one in plain]) for name in plain[0]}
-    shown = summary({"plain": plain, "gains": {name: [0.0] * seeds for name in plain[0]}})
+    shown = summary(compared(plain, plain))
     table = [{"method": "none", "improves": "", "setting": "", **shown, **TIMED, "why": {}, "seeds": plain}]
     for (stem, entry), (row, setting) in zip(known.items(), done, strict=True):
         cost = dict.fromkeys(TIMED) if setting is None else latency(place.bench, setting, timed)
@@ -106,7 +116,13 @@ def run(
         "test seeds": list(place.test.seeds),
         "tuning seeds": list(place.tune.seeds),
     }
-    settings = {"batch": batch, "workers": workers, "seconds": seconds, "strengths": steers.STRENGTHS[:strengths]}
+    settings = {
+        "task": task,
+        "batch": batch,
+        "workers": workers,
+        "seconds": seconds,
+        "strengths": steers.STRENGTHS[:strengths],
+    }
     improving = [row["method"] for row in table if row["improves"] == "yes"]
     return told | settings | {"improving": improving, "not improving": [s for s in known if s not in improving]}, table
 
@@ -118,8 +134,8 @@ class Station:
     bench: steers.Bench
     tune: steers.Exam
     test: steers.Exam
-    tuned: list[Report]
-    reports: list[Report]
+    tuned: list[Any]
+    reports: list[Any]
 
 
 @cache
@@ -127,16 +143,17 @@ def station(sizes: Sizes) -> Station:
     """The station of this process."""
     bench = steers.Bench.open(sizes.device)
     # A seed's own scenes have seeds up to 7 above it.
-    tune = steers.Exam(bench, range(TUNING, TUNING + 10 * sizes.tuning, 10), dict(sizes.tuned), sizes.batch)
-    test = steers.Exam(bench, range(0, 10 * sizes.seeds, 10), dict(sizes.asked), sizes.batch)
+    seeds = range(TUNING, TUNING + 10 * sizes.tuning, 10)
+    tune = steers.Exam(bench, seeds, dict(sizes.tuned), sizes.batch, sizes.task)
+    test = steers.Exam(bench, range(0, 10 * sizes.seeds, 10), dict(sizes.asked), sizes.batch, sizes.task)
     return Station(bench, tune, test, tune.reports(tune.said()), test.reports(test.said()))
 
 
 def judge(stem: str, sizes: Sizes) -> tuple[dict[str, Any], steers.Setting | None]:
     """A mechanism's row, but for its time, and the setting that was chosen; None: it cannot run, as the row says."""
     place, began = station(sizes), time.monotonic()
+    before, tried = [figures(report) for report in place.tuned], []
     try:
-        before, tried = [figures(report) for report in place.tuned], []
         for setting in steers.settings(place.bench, stem, steers.STRENGTHS[: sizes.strengths]):
             if tried and time.monotonic() - began > sizes.seconds:
                 break
@@ -149,7 +166,7 @@ def judge(stem: str, sizes: Sizes) -> tuple[dict[str, Any], steers.Setting | Non
     except Exception as error:
         # One mechanism that fails must not lose the others' figures.
         why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
-        blank = dict.fromkeys(summary(None))
+        blank = dict.fromkeys(summary(compared(before, before)))
         return {"improves": "cannot run", "setting": "", **blank, "why": why}, None
     row = {
         "improves": "yes" if result.pop("improves") else "no",
@@ -162,15 +179,14 @@ def judge(stem: str, sizes: Sizes) -> tuple[dict[str, Any], steers.Setting | Non
     return row | {"seconds": time.monotonic() - began}, setting
 
 
-def figures(report: Report) -> dict[str, float]:
-    """The figures of one seed, by name."""
-    by_sort = {name: one.accuracy for name, one in report.existence.items()}
-    captions = {
-        "chair_s": report.captions.sentence,
-        "chair_i": report.captions.instance,
-        "recall": report.captions.recall,
-    }
-    return {"accuracy": report.accuracy, "f1": report.f1, **by_sort, **captions, **report.skills}
+def figures(report: Report | Captions | Mapping[str, Existence]) -> dict[str, float]:
+    """The figures of one seed and task, by name."""
+    if isinstance(report, Captions):
+        return {"chair_s": report.sentence, "chair_i": report.instance, "recall": report.recall}
+    if isinstance(report, Mapping):
+        means = {name: mean(getattr(one, name) for one in report.values()) for name in ("accuracy", "f1")}
+        return means | {name: one.accuracy for name, one in report.items()}
+    return figures(report.existence) | figures(report.captions) | report.skills
 
 
 def compared(own: Sequence[Mapping[str, float]], plain: Sequence[Mapping[str, float]]) -> dict[str, Any]:
@@ -181,13 +197,13 @@ def compared(own: Sequence[Mapping[str, float]], plain: Sequence[Mapping[str, fl
     }
     average = {name: mean(values) for name, values in gains.items()}
     bound = {name: spread(_of(plain, name)) for name in plain[0]}
-    better = [name for name in AIMS if average[name] > bound[name]]
-    worse = [name for name in KEPT if average[name] < -bound[name]]
+    better = [name for name in AIMS if name in plain[0] and average[name] > bound[name] + ROUNDING]
+    worse = [name for name in average if average[name] < -bound[name] - ROUNDING]
     return {
-        "improves": bool(better) and not worse,
+        "improves": bool(better) and not set(worse) & set(KEPT),
         "better": better,
-        "worse": worse,
-        "spoiled": [name for name in (*ask.ABOUT_A_SCENE, *ask.ABOUT_NONE) if average[name] < -bound[name]],
+        "worse": [name for name in worse if name in KEPT],
+        "spoiled": [name for name in worse if name in (*ask.ABOUT_A_SCENE, *ask.ABOUT_NONE)],
         "mean": average,
         "deviation": {name: stdev(values) if len(values) > 1 else 0.0 for name, values in gains.items()},
         "spread": bound,
@@ -203,7 +219,9 @@ def spread(values: Sequence[float]) -> float:
 
 def merit(result: Mapping[str, Any]) -> tuple[bool, float]:
     """How settings rank: those that lose nothing first, then by the larger gain in spreads."""
-    return not result["worse"], max(result["mean"][name] / max(result["spread"][name], 1e-3) for name in AIMS)
+    return not result["worse"], max(
+        result["mean"][name] / max(result["spread"][name], 1e-3) for name in AIMS if name in result["mean"]
+    )
 
 
 def latency(bench: steers.Bench, setting: steers.Setting, count: int, repeats: int = 3) -> dict[str, Any]:
@@ -235,16 +253,14 @@ def latency(bench: steers.Bench, setting: steers.Setting, count: int, repeats: i
     }
 
 
-def summary(result: Mapping[str, Any] | None) -> dict[str, Any]:
+def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """The columns that are printed: means, and mean gains."""
     columns = {}
-    for name in ("accuracy", "f1", "chair_s", "chair_i", "recall", "neutral"):
-        sign = -1 if name in LESS else 1
-        if result is not None:
-            gain = mean(result["gains"][name])
-            columns[name], columns[f"+{name}"] = mean(_of(result["plain"], name)) + sign * gain, gain
-        else:
-            columns[name] = columns[f"+{name}"] = None
+    for name in PRINTED:
+        if name in result["mean"]:
+            gain = result["mean"][name]
+            columns[name] = mean(_of(result["plain"], name)) + (-gain if name in LESS else gain)
+            columns[f"+{name}"] = gain
     return columns
 
 
