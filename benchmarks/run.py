@@ -18,11 +18,14 @@ def main() -> None:
     cases = sorted(path.stem for path in (HERE / "cases").glob("*.py"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", choices=cases)
-    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="settings of the case, whole numbers")
+    parser.add_argument(
+        "settings", nargs="*", metavar="NAME=VALUE", help="settings of the case, whole numbers or words"
+    )
     parser.add_argument("--commit", help="the commit these files are of, where they lie outside a checkout")
     parser.add_argument("--out", type=Path, help="where to write; the default is results/<case>-<device>.json")
     given = parser.parse_args()
-    settings = {name: int(value) for name, _, value in (item.partition("=") for item in given.settings)}
+    written = {name: value for name, _, value in (item.partition("=") for item in given.settings)}
+    settings: dict[str, Any] = {name: int(x) if x.isdecimal() else x for name, x in written.items()}
     began = time.monotonic()
     facts, rows = importlib.import_module(f"cases.{given.case}").run(**settings)
     facts |= {"commit": given.commit or facts["commit"], "seconds": time.monotonic() - began}

@@ -51,6 +51,22 @@ def test_linear_before_norms_are_restored_and_norms_stay_after():
     torch.testing.assert_close((x + moved(0.4, 0.6, True)).norm(dim=-1), x.norm(dim=-1))
 
 
+def test_every_row_has_its_own_anchor(llama):
+    (ids, mask), ends = prompts(length=30), {"positive": drawn(2, 32), "negative": drawn(2, 32)}
+
+    def steered(rows, anchors):
+        recipe = [regard.place("anchor_edit", layers=1, **anchors)]
+        with regard.attach(llama, recipe) as handle, handle.prompting(PROMPT):
+            return at_once(llama, ids[rows], mask[rows])
+
+    together = steered([0, 1], ends)
+    for row in (0, 1):
+        alone = steered([row], {name: end[row] for name, end in ends.items()})
+        torch.testing.assert_close(together[row : row + 1], alone)
+    with pytest.raises(RegardError, match="anchors for 2 rows, and the request has 1"):
+        steered([0], ends)
+
+
 def test_equal_anchors_change_no_bit():
     x, same = drawn(2, 3, 16).float(), drawn(16)
     assert torch.equal(anchor_edit.edited(x, same, same, 0.3, 0.3, True), x)

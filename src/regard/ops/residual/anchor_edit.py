@@ -34,9 +34,14 @@ CARD = Card(
         "alpha": Option(kind="float", default=0.1, low=0.0, doc="pull towards the image"),
         "beta": Option(kind="float", default=0.1, low=0.0, doc="push away from the drawn image"),
         "restore": Option(kind="bool", default=True, doc="rows keep their norm"),
-        "positive": Option(kind="tensor", default=None, shape=("width",), doc="[d] anchor of the image"),
+        "positive": Option(
+            kind="tensor", default=None, shape=("width",), doc="[d] anchor of the image, or [rows, d], one a row"
+        ),
         "negative": Option(
-            kind="tensor", default=None, shape=("width",), doc="[d] anchor of what was drawn from the image's caption"
+            kind="tensor",
+            default=None,
+            shape=("width",),
+            doc="[d] anchor of what was drawn from the image's caption, or [rows, d]",
         ),
     },
 )
@@ -48,17 +53,19 @@ def write(
     """The edit of the rows that emit the answer, as they leave the layer.
 
     Raises:
-        RegardError: an anchor that is weighted is missing, not of the model's width, or not finite.
+        RegardError: an anchor that is weighted is missing, not of the model's width, or not finite; in a forward, there
+            are anchors for another number of rows.
     """
     if alpha == 0 and beta == 0:
         return None
-    ends = (_checked(where, "positive", alpha, positive), _checked(where, "negative", beta, negative))
+    pull, push = _checked(where, "positive", alpha, positive), _checked(where, "negative", beta, negative)
 
     def run(part: str, x: Tensor, step: Step) -> Tensor:
         if part != "layer" or step.prompt is None or step.stop < step.prompt:
             return x
         first = max(step.prompt - 1 - step.start, 0)
-        return torch.cat((x[:, :first], edited(x[:, first:], *ends, alpha, beta, restore)), dim=1)
+        own = edited(x[:, first:], _of_rows(pull, len(x)), _of_rows(push, len(x)), alpha, beta, restore)
+        return torch.cat((x[:, :first], own), dim=1)
 
     return Write("anchors", run)
 
@@ -68,14 +75,14 @@ def edited(x: Tensor, positive: Tensor, negative: Tensor, alpha: float, beta: fl
 
     Args:
         x: residual stream.
-        positive: `[d]`; its direction is `v+`.
-        negative: `[d]`; its direction is `v-`.
+        positive: broadcasts to `x`; its direction is `v+`.
+        negative: the same; its direction is `v-`.
         alpha: pull towards the one.
         beta: push away from the other.
         restore: whether norms stay.
     """
     exact = torch.promote_types(x.dtype, torch.float32)
-    h, ends = x.to(exact), [torch.nn.functional.normalize(v.to(x.device, exact), dim=0) for v in (positive, negative)]
+    h, ends = x.to(exact), [torch.nn.functional.normalize(v.to(x.device, exact), dim=-1) for v in (positive, negative)]
     norm = h.norm(dim=-1, keepdim=True)
     out = h + norm * (alpha * ends[0] - beta * ends[1])
     if restore:
@@ -98,10 +105,20 @@ def _checked(where: Where, name: str, weight: float, given: Tensor | None) -> Te
         )
         how += "" if name == "positive" else "and take anchor(features) of that (or of any second image)"
         raise RegardError(f"'anchor_edit' has no {name} anchor: {how}")
-    if tuple(given.shape) != (where.width,):
+    if given.ndim not in (1, 2) or given.shape[-1] != where.width:
         raise RegardError(
             f"'anchor_edit' has a {name} anchor of shape {list(given.shape)}; this model's stream is [{where.width}]"
         )
     if not bool(given.isfinite().all()):
         raise RegardError(f"'anchor_edit' has a {name} anchor that is not finite")
     return given.detach()
+
+
+def _of_rows(anchor: Tensor, batch: int) -> Tensor:
+    """An anchor `[d]`, or those of the request's rows, `[batch, 1, d]`: `generate` repeats rows for its beams."""
+    if anchor.ndim == 1:
+        return anchor
+    rows = len(anchor)
+    if not rows or batch % rows:
+        raise RegardError(f"'anchor_edit' has anchors for {rows} rows, and the request has {batch}")
+    return anchor.repeat_interleave(batch // rows, 0)[:, None]

@@ -1,0 +1,87 @@
+"""The cases that steer the tiny vision-language model: their rule by hand, and one run too small to show anything."""
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("PIL", reason="transformers reads images with pillow")
+
+import steers
+from cases import steered, steering
+from regard import catalog
+from regard.measure import scene_questions as ask
+
+
+def figures(**told):
+    skills = dict.fromkeys((*ask.ABOUT_A_SCENE, *ask.ABOUT_NONE), 0.5)
+    return {"accuracy": 0.8, "chair_i": 0.4, "recall": 0.6, **skills} | told
+
+
+def test_the_rule_by_hand():
+    plain = [figures(accuracy=0.78, chair_i=0.38), figures(accuracy=0.82, chair_i=0.42)]
+    assert steering.compared(plain, plain)["improves"] is False
+    better = [figures(accuracy=0.79, chair_i=0.35), figures(accuracy=0.82, chair_i=0.39)]
+    found = steering.compared(better, plain)
+    assert (found["improves"], found["better"], found["worse"]) == (True, ["chair_i"], [])
+    assert found["gains"]["chair_i"] == pytest.approx([0.03, 0.03])
+    assert found["spread"]["chair_i"] == pytest.approx(0.02)
+    assert found["deviation"]["accuracy"] == pytest.approx(0.01 / 2**0.5)
+    # A gain of just the spread is none beyond it.
+    tied = steering.compared([figures(**one | {"accuracy": one["accuracy"] + 0.02}) for one in plain], plain)
+    assert (tied["improves"], tied["better"]) == (False, [])
+    # Fewer absent kinds because fewer kinds are named.
+    silent = [figures(**one | {"recall": 0.59}) for one in better]
+    worse = steering.compared(silent, plain)
+    assert (worse["improves"], worse["worse"]) == (False, ["recall"])
+    assert steering.merit(found) > steering.merit(worse)
+    assert steering.compared([figures(**one | {"count": 0.4}) for one in better], plain)["spoiled"] == ["count"]
+
+
+def test_strengths_and_layers_by_hand():
+    assert steers.stronger(catalog.find("var"), 0.5) == {"keep": pytest.approx(0.8)}
+    assert steers.stronger(catalog.find("var"), 8.0) == {"keep": 0.0}
+    # The cut below a share of the largest logit stays.
+    assert steers.stronger(catalog.find("damro"), 2.0) == {"alpha": 4.0}
+    assert [steers.scaled(layers, 6) for layers in ((2, 31), (2, 32), (16, 17), (0, 1))] == [
+        (1, 2, 3, 4), (1, 2, 3, 4, 5), (3,), (0,)
+    ]  # fmt: skip
+    assert steers.scaled((2, 31), 32) == tuple(range(2, 31))
+    unknown = steers.GIVEN.keys() - steers.mechanisms().keys()
+    assert not unknown
+
+
+def test_agreement_by_hand():
+    end, decode = 9, lambda ids: " ".join(map(str, ids))
+    exam = SimpleNamespace(
+        texts=["a", "b", "c", "d"],
+        bench=SimpleNamespace(processor=SimpleNamespace(tokenizer=SimpleNamespace(decode=decode))),
+    )
+
+    def said(*firsts):
+        return [([first, end], [0.5 + at, 3.0]) for at, first in enumerate(firsts)]
+
+    row = steered.agreement(exam, said(1, 1, 1, 1), said(1, 1, 1, 2), said(1, 3, 3, 3), said(1, 3, 4, 4))
+    assert (row["recipe as dense"], row["steering moves"], row["exceptions"]) == (3, 2, 1)
+    assert (row["agree"], row["agree where moved"]) == (pytest.approx(2 / 3), 0.5)
+    assert (row["margin of exceptions"], row["margin of the others"]) == (2.5, 1.0)
+    assert row["shown"] == [{"asked": "c", "dense": "1", "steering": "3", "both": "4", "margin": 2.5}]
+
+
+def test_both_cases_run(monkeypatch):
+    """One mechanism that is told the images' tokens, and one that cannot be attached."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(steers, "LONG", 3)
+    small = {"captions": 2, "task": "captions", "stems": "gift,aia"}
+    facts, rows = steering.run(**small, seeds=1, tuning=1, share=100, strengths=1, timed=1)
+    none, gift, aia = rows
+    assert [row["method"] for row in rows] == ["none", "gift", "aia"]
+    assert none.keys() - {"seeds"} <= gift.keys() & aia.keys()
+    assert gift["improves"] in ("yes", "no")
+    assert gift["alone"] == {"asked": 2, "same": 2}
+    assert gift["seeds"][0]["chair_i"] == pytest.approx(none["chair_i"] - gift["gains"]["chair_i"][0])
+    assert set(facts["test seeds"]).isdisjoint(facts["tuning seeds"])
+    assert (aia["improves"], aia["recall"]) == ("cannot run", None)
+    assert "is added to a loss" in aia["why"]["said"]
+    facts, rows = steered.run(**small, steps=1)
+    assert [(row["recipe"], row["method"], row["asked"]) for row in rows] == [("int4", "gift", 2), ("duo", "gift", 2)]
+    assert "is added to a loss" in facts["cannot run"]["aia"]
