@@ -1,8 +1,9 @@
 """One layer's attention under its Slots, in running order; imports no paper."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,38 +49,55 @@ def _reading(
     return Reading(query, key, positions, slots.pattern, scale, softcap, step, state)
 
 
-def _block(whole: Reading, rows: slice, lse: Tensor) -> Reading:
-    """Of `whole` the rows `rows` of the forward."""
-    step, every = whole.step, rows == slice(0, whole.query.shape[2])
-    return whole.of_rows(rows, step if every else step.only(step.arrivals[:, rows]), lse[:, :, rows])
+def _blocks(
+    named: Sequence[tuple[Any, slice, Tensor | None]], read: Callable[[], Reading], lse: Tensor, size: int = ROWS
+) -> Iterator[tuple[slice, Reading, list[tuple[Any, Tensor | None]]]]:
+    """Rows that edits name, at most `size` at a time, in order: (rows, their reading, who names them).
+
+    `named`: (edit, rows, which of them `[B, rows]` or None: all), of which a block has (edit, which
+    `[B, 1, rows, 1]`). Nothing is read where nobody names a row.
+    """
+    asked = [one for one in named if one[1].start < one[1].stop]
+    if not asked:
+        return
+    whole = read()
+    for first, last in pairwise(sorted({end for _, rows, _ in asked for end in (rows.start, rows.stop)})):
+        mine = [one for one in asked if one[1].start <= first < one[1].stop]
+        for start in range(first, last, size) if mine else ():
+            rows = slice(start, min(start + size, last))
+            step, every = whole.step, rows == slice(0, whole.query.shape[2])
+            reading = whole.of_rows(rows, step if every else step.only(step.arrivals[:, rows]), lse[:, :, rows])
+            told = [
+                (edit, None if which is None else which[:, None, start - own.start : rows.stop - own.start, None])
+                for edit, own, which in mine
+            ]
+            yield rows, reading, told
+
+
+def _replaced(out: Tensor, new: Sequence[tuple[slice, Tensor]]) -> Tensor:
+    """`out [B, H, T, Dv]` with some of its rows new, in order."""
+    pieces, done = [], 0
+    for rows, piece in new:
+        pieces += [out[:, :, done : rows.start], piece]
+        done = rows.stop
+    return torch.cat([*pieces, out[:, :, done:]], 2) if pieces else out
 
 
 def _rescored(
     edits: Sequence[Rescore], view: View, q: Tensor, step: Step, read: Callable[[], Reading], out: Tensor, lse: Tensor
 ) -> Tensor:
     """`out` with the rows that edits name attended once more, under the sum of their biases."""
-    asked = [(edit, *step.within(named)) for edit in edits if (named := edit.rows(step)) is not None]
-    asked = [one for one in asked if one[1].start < one[1].stop]
-    if not asked:
-        return out
-    whole, outs, done = read(), [], 0
-    for first, last in pairwise(sorted({end for _, rows, _ in asked for end in (rows.start, rows.stop)})):
-        mine = [one for one in asked if one[1].start <= first < one[1].stop]
-        for start in range(first, last, ROWS) if mine else ():
-            rows = slice(start, min(start + ROWS, last))
-            reading = _block(whole, rows, lse)
-            biases = []
-            for edit, named, which in mine:
-                bias = edit.bias(reading)
-                if bias is not None and which is not None:
-                    of_rows = which[:, None, rows.start - named.start : rows.stop - named.start, None]
-                    bias = torch.where(of_rows.to(bias.device), bias, 0.0)
-                biases += [] if bias is None else [bias]
-            if biases:
-                new = _attended(view, q[:, :, rows], reading, sum(biases[1:], biases[0]))[0]
-                outs += [out[:, :, done:start], new]
-                done = rows.stop
-    return torch.cat([*outs, out[:, :, done:]], 2) if outs else out
+    named = [(edit, *step.within(rows)) for edit in edits if (rows := edit.rows(step)) is not None]
+    new = []
+    for rows, reading, mine in _blocks(named, read, lse):
+        biases = []
+        for edit, which in mine:
+            bias = edit.bias(reading)
+            if bias is not None:
+                biases.append(bias if which is None else torch.where(which.to(bias.device), bias, 0.0))
+        if biases:
+            new.append((rows, _attended(view, q[:, :, rows], reading, sum(biases[1:], biases[0]))[0]))
+    return _replaced(out, new)
 
 
 def _attended(view: View, q: Tensor, reading: Reading, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,26 +127,17 @@ def _reweighed(
 ) -> Tensor:
     """`out` with the segments of the rows that `edit` names under their gains."""
     if edit.rows is None:
-        rows, which, block = slice(0, q.shape[2]), None, max(q.shape[2], 1)
+        rows, which, size = slice(0, q.shape[2]), None, max(q.shape[2], 1)
     else:
-        named = edit.rows(step)
-        (rows, which), block = (slice(0, 0), None) if named is None else step.within(named), ROWS
-    if rows.start >= rows.stop:
-        return out
-    whole, outs, done = read(), [], 0
-    for start in range(rows.start, rows.stop, block):
-        part = slice(start, min(start + block, rows.stop))
-        reading = _block(whole, part, lse)
+        asked = edit.rows(step)
+        (rows, which), size = (slice(0, 0), None) if asked is None else step.within(asked), ROWS
+    new = []
+    for part, reading, ((_, chosen),) in _blocks([(edit, rows, which)], read, lse, size):
         segments = edit.split(reading)
-        if segments is None:
-            continue
-        new = _joined(edit, segments, reading, view, q[:, :, part])
-        if which is not None:
-            of_rows = which[:, None, start - rows.start : part.stop - rows.start, None]
-            new = torch.where(of_rows.to(new.device), new, out[:, :, part])
-        outs += [out[:, :, done:start], new]
-        done = part.stop
-    return torch.cat([*outs, out[:, :, done:]], 2) if outs else out
+        if segments is not None:
+            joined = _joined(edit, segments, reading, view, q[:, :, part])
+            new.append((part, joined if chosen is None else torch.where(chosen.to(q.device), joined, out[:, :, part])))
+    return _replaced(out, new)
 
 
 def _joined(edit: Reweigh, segments: Tensor, reading: Reading, view: View, q: Tensor) -> Tensor:
