@@ -11,15 +11,15 @@ EPS = 1e-6
 TAU = 20.0
 
 
-def peaks(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
-    """`max_d |x_d| / sqrt(mean(x^2) + 1e-6)` of each token; what a scaling of x does not change.
+def magnitudes(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """`|x_d| / sqrt(mean(x^2) + 1e-6)`: entries in root mean squares of their token; no scaling of x changes them.
 
     Args:
         x: `[..., d]` hidden states.
         dims: where to look; None: everywhere.
 
     Returns:
-        `[...]` float32 (float64 for float64), at most `sqrt(d)`.
+        `[..., d]`, or as many as there are `dims`: float32 (float64 for float64), at most `sqrt(d)`.
 
     Raises:
         RegardError: a dimension that x does not have.
@@ -29,10 +29,10 @@ def peaks(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
             raise RegardError(f"dimension {dim} is out of range; the hidden state has {x.shape[-1]}")
     exact = torch.float64 if x.dtype == torch.float64 else torch.float32
     some = x if dims is None else x[..., list(dims)]
-    square = torch.linalg.vector_norm(x, dim=-1, dtype=exact).square() / x.shape[-1]
-    return torch.linalg.vector_norm(some, torch.inf, dim=-1, dtype=exact) / (square + EPS).sqrt()
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact).square() / x.shape[-1]
+    return some.abs() / (square + EPS).sqrt()
 
 
-def massive(x: Tensor, dims: Sequence[int] | None = None, tau: float = TAU) -> Tensor:
-    """Which tokens of `x [..., d]` have `peaks` above `tau`: bool `[...]`."""
-    return peaks(x, dims) > tau
+def peaks(x: Tensor, dims: Sequence[int] | None = None) -> Tensor:
+    """The largest of the `magnitudes` of each token of `x [..., d]`: `[...]`."""
+    return magnitudes(x, dims).amax(-1)

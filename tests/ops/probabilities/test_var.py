@@ -12,7 +12,8 @@ from regard.core.token_map import Kind, Span, TokenMap
 from regard.ops.probabilities import var
 from steered import drawn, maps, scores, softmax
 
-WHERE = Where(2, 4, 4, 2, 8, (0, 1))
+WIDTH = 1024
+WHERE = Where(2, 4, 4, 2, 8, (0, 1), WIDTH)
 N, PROMPT, DIMS = 24, 18, (5, 11)
 MAP = TokenMap.of_text(torch.ones(2, PROMPT), (Span(0, 2, 9), Span(1, 4, 12)))
 # The first token, a text token and one image token of each row; the second row has no visual sink.
@@ -20,7 +21,7 @@ SINKS = [[0, 4, 12], [0, 1]]
 OPTIONS = {"keep": 0.6, "tau": 20.0, "rho": 0.5, "least": 0.2, "dimensions": "5,11"}
 
 
-def stream(width=1024, scale=1.0):
+def stream(width=WIDTH, scale=1.0):
     """`[2, N, d]` with massive activations in the dimensions of `DIMS` at `SINKS`."""
     x = torch.randn(2, N, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for row, sinks in enumerate(SINKS):
@@ -87,14 +88,12 @@ def test_keep_1_and_heads_and_rows_that_are_not_chosen_change_nothing():
     plain = softmax(scores(*drawn()))
     for nobody in ({"rho": 0.0}, {"least": 1.0}, {"tau": 1e5}):
         torch.testing.assert_close(run(**nobody), plain, atol=1e-12, rtol=1e-9)
-    one = run(where=Where(2, 4, 4, 2, 8, (1,)), rho=1.0)
+    one = run(where=Where(2, 4, 4, 2, 8, (1,), WIDTH), rho=1.0)
     torch.testing.assert_close(one, loop(plain, rho=1.0, heads=(2, 3))[0], atol=1e-12, rtol=1e-9)
 
 
-def test_a_planted_token_is_found_whatever_the_streams_scale_and_by_the_first_token():
-    for x in (stream(), stream(scale=100.0)):
-        assert [row.nonzero()[:, 0].tolist() for row in var.massive(x, 20.0).any(-1)] == [sorted(s) for s in SINKS]
-        assert not var.massive(x, 20.0)[..., [0, 1, 2, 3, 4]].any()
+def test_the_streams_scale_changes_nothing():
+    torch.testing.assert_close(run(x=stream(scale=100.0)), run(), atol=1e-12, rtol=1e-9)
 
 
 @pytest.mark.parametrize("cuts", [(), (1, 7)])
@@ -166,8 +165,8 @@ def test_dimensions_and_maps_that_cannot_be_are_named():
     model, (ids, mask) = tiny("llama"), prompts(padding=0)
     with pytest.raises(regard.RegardError, match="'var' needs dimensions such as '1415,2533', got 'BOS'"):
         regard.attach(model, [regard.place("var", dimensions="BOS")])
-    with regard.attach(model, [regard.place("var", dimensions="3,32")]) as handle:
-        with handle.reading(token_map(2)), pytest.raises(regard.RegardError, match=r"dimension 32, .* 0 to 31"):
-            at_once(model, ids, mask)
-        with pytest.raises(regard.RegardError, match="'var' needs to know what the tokens are"):
-            at_once(model, ids, mask)
+    with pytest.raises(regard.RegardError, match=r"dimension 32, .* 0 to 31"):
+        regard.attach(model, [regard.place("var", dimensions="3,32")])
+    known = regard.attach(model, [regard.place("var", dimensions="3,31")])
+    with known, pytest.raises(regard.RegardError, match="'var' needs to know what the tokens are"):
+        at_once(model, ids, mask)

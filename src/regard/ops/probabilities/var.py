@@ -12,6 +12,7 @@ from regard.core.placement import Where
 from regard.core.slots import Reading, Reweigh, State, Watch
 from regard.core.step import Step
 from regard.core.token_map import Kind
+from regard.ops.massive import magnitudes
 
 CARD = Card(
     title="See What You Are Told: Visual Attention Sink in Large Multimodal Models",
@@ -60,7 +61,7 @@ def reweigh(
     where: Where, *, keep: float, tau: float, rho: float, least: float, dimensions: str | None
 ) -> Reweigh | None:
     """Gains `keep` on sinks, and on the image's other tokens what makes up for it, where a head looks at the image."""
-    _dimensions(dimensions)
+    _dimensions(dimensions, where)
     if keep == 1:
         return None
     heads = torch.zeros(where.heads, dtype=torch.bool)
@@ -73,16 +74,10 @@ def watch(where: Where, *, keep: float, tau: float, rho: float, least: float, di
     """Finds sinks among the prompt's tokens where the residual stream enters the layer.
 
     Raises:
-        RegardError: `dimensions` are not whole numbers.
+        RegardError: `dimensions` are not whole numbers, or one that the stream does not have.
     """
-    known = _dimensions(dimensions)
+    known = _dimensions(dimensions, where)
     return None if keep == 1 else Watch("var: watches massive activations", partial(_find, known, tau))
-
-
-def massive(x: Tensor, tau: float) -> Tensor:
-    """`[..., d]` bool: where `x [..., d]` is above `tau` root mean squares of its token."""
-    scale = x.double().square().mean(-1, keepdim=True).add(1e-6).rsqrt()
-    return (x.double() * scale).abs() > tau
 
 
 def gains(masses: Tensor, *, keep: float, rho: float, least: float, heads: Tensor | None = None) -> Tensor:
@@ -129,13 +124,10 @@ def _behind(step: Step) -> slice | None:
 @torch.no_grad()
 def _find(dimensions: Sequence[int], tau: float, x: Tensor, step: Step, state: State) -> None:
     """Keep which tokens of the prompt are sinks, after what a crop left."""
-    worst = max(dimensions, default=0)
-    if worst >= x.shape[-1]:
-        raise RegardError(f"'var' has dimension {worst}, this model's stream has dimensions 0 to {x.shape[-1] - 1}")
     stop = min(step.stop, step.answer or step.stop)
     if step.start >= stop:
         return
-    large = massive(x[:, : stop - step.start], tau)
+    large = magnitudes(x[:, : stop - step.start]) > tau
     first = step.queries(x.device)[:, : stop - step.start] == 0
     if dimensions:
         told = torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
@@ -150,8 +142,12 @@ def _find(dimensions: Sequence[int], tau: float, x: Tensor, step: Step, state: S
     state[SINKS] = torch.cat((past, found), 1)
 
 
-def _dimensions(told: str | None) -> Sequence[int]:
+def _dimensions(told: str | None, where: Where) -> Sequence[int]:
     parts = [] if told is None else [part.strip() for part in told.split(",")]
     if not all(part.isdecimal() for part in parts):
         raise RegardError(f"'var' needs dimensions such as '1415,2533', got {told!r}")
-    return [int(part) for part in parts]
+    found = [int(part) for part in parts]
+    worst = max(found, default=0)
+    if found and worst >= where.width:
+        raise RegardError(f"'var' has dimension {worst}, this model's stream has dimensions 0 to {where.width - 1}")
+    return found
