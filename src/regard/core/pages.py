@@ -1,22 +1,32 @@
-"""Pages of one file, readable without a network: a template with its style, script and data put in."""
+"""Pages of one file, readable without a network: a frame that all share, with a page's own style and script put in."""
 
+import html
 import json
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
 
-def fill(package: str, name: str, **parts: str) -> str:
-    """`template/<name>.html` of `package`, with `.css`, `.js` and `parts` where it says `%%STYLE%%` and the like.
+def fill(package: str, name: str, *, title: str, brand: str, data: Any) -> str:
+    """The page of `template/<name>.html` (what stands below its title), `.css` and `.js` of `package`.
+
+    The frame in `template/` beside this module comes first: variables and cards of both styles, and the script's `$`,
+    `h` and `s`, which make elements.
 
     Args:
         package: whose folder `template` holds the three files.
         name: their stem.
-        parts: what else it names, lower case here; HTML, escaped by the caller.
+        title: of the window; escaped here.
+        brand: what the page calls itself, behind "regard".
+        data: what the script finds as JSON in `$("data")`.
     """
-    folder = files(package) / "template"
-    page, style, script = ((folder / f"{name}.{kind}").read_text(encoding="utf-8") for kind in ("html", "css", "js"))
-    known = {"STYLE": style, "SCRIPT": script} | {part.upper(): text for part, text in parts.items()}
+    frame, own = (files(where) / "template" for where in ("regard.core", package))
+    read = lambda kind: tuple(  # noqa: E731
+        (folder / f"{stem}.{kind}").read_text(encoding="utf-8") for folder, stem in ((frame, "frame"), (own, name))
+    )
+    page, body = read("html")
+    known = {"STYLE": "".join(read("css")), "SCRIPT": "".join(read("js")), "BODY": body}
+    known |= {"TITLE": html.escape(title), "BRAND": html.escape(brand), "DATA": embed(data)}
     # Split once, so that nothing inside a part is taken for another placeholder.
     return "".join(known[piece] if i % 2 else piece for i, piece in enumerate(page.split("%%")))
 

@@ -13,7 +13,6 @@ At 32,768 tokens a model of 30 x 9 heads keeps all 128 x 128 tiles, one of 16 x 
 """
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -269,5 +268,5 @@ def _text(values: Tensor) -> str:
 
 
 def _page(told: dict[str, Any]) -> str:
-    title = html.escape(f"{told['model'].rstrip('/').rpartition('/')[2]} · regard look")
-    return fill("regard.observe", "look", title=title, data=embed(told))
+    title = f"{told['model'].rstrip('/').rpartition('/')[2]} · regard look"
+    return fill("regard.observe", "look", title=title, brand="look", data=told)

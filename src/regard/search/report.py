@@ -1,14 +1,13 @@
 """The report: one self-contained HTML file, readable without a network."""
 
-import html
 from collections.abc import Mapping
 from typing import Any
 
-from regard.core.pages import embed, fill
+from regard.core.pages import fill
 
 
 def render(study: Mapping[str, Any]) -> str:
     """The report on `study` (`Study.to_json()`)."""
     name = study.get("facts", {}).get("model", {}).get("name", "model")
-    title = html.escape(f"{name.rstrip('/').rpartition('/')[2]} · regard")
-    return fill("regard.search", "report", title=title, data=embed(study))
+    title = f"{name.rstrip('/').rpartition('/')[2]} · regard"
+    return fill("regard.search", "report", title=title, brand="search report", data=study)

@@ -1,21 +1,7 @@
-"use strict";
-const D = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
+const D = JSON.parse($("data").textContent);
 const L = D.layers, H = D.heads, T = D.length, N = D.segments.length;
 
 /* ---- small helpers ------------------------------------------------------------------------ */
-const SVG = "http://www.w3.org/2000/svg";
-function put(node, attrs, kids) {
-  for (const [k, v] of Object.entries(attrs || {})) {
-    if (k.startsWith("on")) node.addEventListener(k.slice(2), v);
-    else if (v !== null && v !== undefined && v !== false) node.setAttribute(k, v === true ? "" : v);
-  }
-  for (const kid of [kids].flat(3)) if (kid !== null && kid !== undefined) node.append(kid);
-  return node;
-}
-const h = (tag, attrs, ...kids) => put(document.createElement(tag), attrs, kids);
-const s = (tag, attrs, ...kids) => put(document.createElementNS(SVG, tag), attrs, kids);
-const count = (n) => n.toLocaleString("en-US");
 const many = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
 const clamp = (v, low, high) => Math.max(low, Math.min(high, v));
 function show(v, digits = 4) {

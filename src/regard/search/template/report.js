@@ -1,6 +1,4 @@
-"use strict";
-const S = JSON.parse(document.getElementById("data").textContent);
-const $ = (id) => document.getElementById(id);
+const S = JSON.parse($("data").textContent);
 const rows = S.rows, byNumber = new Map(rows.map((r) => [r.number, r]));
 const measured = rows.filter((r) => r.measurement), failed = rows.filter((r) => !r.measurement);
 const chosen = byNumber.get(S.chosen) || null;
@@ -11,18 +9,6 @@ const criteria = S.criteria || S.objectives;
 let selected = chosen || measured.find((r) => (finalLength ? r.final_front : r.front) && !r.dense) || measured.find((r) => r.front && !r.dense) || rows[0] || null;
 
 /* ---- small helpers ------------------------------------------------------------------------ */
-const SVG = "http://www.w3.org/2000/svg";
-function put(node, attrs, kids) {
-  for (const [k, v] of Object.entries(attrs || {})) {
-    if (k.startsWith("on")) node.addEventListener(k.slice(2), v);
-    else if (v !== null && v !== undefined && v !== false) node.setAttribute(k, v === true ? "" : v);
-  }
-  for (const kid of [kids].flat(3)) if (kid !== null && kid !== undefined) node.append(kid);
-  return node;
-}
-const h = (tag, attrs, ...kids) => put(document.createElement(tag), attrs, kids);
-const s = (tag, attrs, ...kids) => put(document.createElementNS(SVG, tag), attrs, kids);
-const count = (n) => n.toLocaleString("en-US");
 const NAMES = {
   kl: "KL to dense", kl_last_half: "KL, last half", kl_worst: "KL, worst window", top1: "Top-1 agreement",
   perplexity: "Perplexity", bytes: "Cache bytes", prefill: "Prefill time", decode: "Decode time", recall: "Recall",
