@@ -15,10 +15,10 @@ of one task (POPE accuracy; CHAIR_I and recall), the same questions. They were a
 
 import multiprocessing
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from statistics import mean, median, stdev
 from typing import Any
 
@@ -95,12 +95,7 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = Sizes(device, seeds, tuning, _items(asked), _items(tuned), batch, strengths, seconds, task)
     known = steers.mechanisms() if stems is None else {stem: catalog.find(stem) for stem in stems.split(",")}
-    if workers:
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            done = list(pool.map(judge, known, [sizes] * len(known)))
-    else:
-        done = [judge(stem, sizes) for stem in known]
+    done = judged(known, sizes, workers)
     place = station(sizes)
     plain = [figures(report) for report in place.reports]
     spreads = {name: spread([one[name] for one in plain]) for name in plain[0]}
@@ -147,6 +142,15 @@ def station(sizes: Sizes) -> Station:
     tune = steers.Exam(bench, seeds, dict(sizes.tuned), sizes.batch, sizes.task)
     test = steers.Exam(bench, range(0, 10 * sizes.seeds, 10), dict(sizes.asked), sizes.batch, sizes.task)
     return Station(bench, tune, test, tune.reports(tune.said()), test.reports(test.said()))
+
+
+def judged(stems: Iterable[str], sizes: Sizes, workers: int) -> list[tuple[dict[str, Any], steers.Setting | None]]:
+    """`judge` of each, by `workers` processes or by this one."""
+    if not workers:
+        return [judge(stem, sizes) for stem in stems]
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(partial(judge, sizes=sizes), stems))
 
 
 def judge(stem: str, sizes: Sizes) -> tuple[dict[str, Any], steers.Setting | None]:
