@@ -105,12 +105,8 @@ def run(
         cost = dict.fromkeys(TIMED) if setting is None else latency(place.bench, setting, timed)
         table.append({"method": stem, **row, **cost, "site": entry.site, "sheet": entry.card.sheet})
     told = facts.machine(place.bench.model) | {"model": facts.model_facts(place.bench.model), "spreads": spreads}
-    told |= {
-        "asked": asked,
-        "tuned": tuned,
-        "test seeds": list(place.test.seeds),
-        "tuning seeds": list(place.tune.seeds),
-    }
+    told |= {"asked": asked, "tuned": tuned}
+    told |= {"test seeds": list(place.test.seeds), "tuning seeds": list(place.tune.seeds)}
     settings = {
         "task": task,
         "batch": batch,
