@@ -11,6 +11,7 @@ import triton.language as tl
 from regard.kernels.states.sweep import (
     advanced,
     along_tokens,
+    anchor,
     at,
     at_once,
     begun,
@@ -98,7 +99,8 @@ def solve(
 
 @triton.jit
 def back(
-    Q, K, ENTRY, SCORES, WIDE, FACTORS, DOUT, ERROR, DVALUE, WRITTEN, DBETA, G, BETA, TRIANGLE, BEGIN, END, SEGMENTS,
+    Q, K, ENTRY, SCORES, WIDE, FACTORS, DOUT, ERROR, DVALUE, WRITTEN, DBETA, LATER, G, BETA, TRIANGLE, BEGIN, END,
+    SEGMENTS,
     sq, sk, se, sd, so, sg, sw, sx, sn, sm, scale, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, GROUP_G: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
@@ -108,9 +110,9 @@ def back(
 
     `du = scale (P^T dout + k S')` is turned into `z = (I + A)^-T du`, the gradient of `beta x`; then
     DVALUE = beta z is the gradient of v, WRITTEN = beta x what was written, DBETA `[blocks, B, heads, T]` the part
-    of beta's gradient in these columns. S' `= sum w (q^T dout - k^T beta z / scale)`
-    lies in BEGIN and END. With decay by channel, Q and K are the shares of factor.py, which ENTRY, SCORES and FACTORS
-    come with.
+    of beta's gradient in these columns. S' `= sum w (q^T dout - k^T beta z / scale)` lies in BEGIN and END, and behind
+    every chunk in LATER `[chunks, heads, DIM, COLUMNS]`. With decay by channel, Q and K are the shares of factor.py,
+    which ENTRY, SCORES and FACTORS come with.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -123,6 +125,8 @@ def back(
     for i in range(chunks):
         token, chunk = start + (chunks - 1 - i) * CHUNK, first + chunks - 1 - i
         ok = rows < end - token
+        if LATER is not None:
+            anchor(LATER, None, S, chunk, head, heads, dims, columns, False, 1, DIM, COLUMNS)
         solved = at_once(TRIANGLE, chunk, head, heads, rows, token < end, CHUNK)
         x, y, z = shares(
             G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, dims, DIM, GROUP_G, DECAY, True

@@ -139,14 +139,14 @@ def mend(
 
 @triton.jit
 def mend_gradients(
-    Q, K, G, DOUT, WRITTEN, DVALUE, DQ, DK, DKEY, DQUERY, WIDE, SEGMENTS, sq, sk, sg, sd, so, sv, scale, heads, span,
+    Q, K, G, DOUT, WRITTEN, DVALUE, DQ, DK, DQUERY, WIDE, SEGMENTS, sq, sk, sg, sd, so, sv, scale, heads, span,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, STRICT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of shares become those of q and k, in place: wide chunks among `span`, `BLOCK` channels of one head.
 
-    The products inside the chunk, which the sweeps left out, are added. DKEY, DQUERY, DVALUE: the delta rule's (see
-    gates.py), or None. STRICT: without the token itself, which gates.py adds.
+    The products inside the chunk, which the sweeps left out, are added. DQUERY, DVALUE: the delta rule's (see
+    gradients.py), or None. STRICT: without the token itself, which gates.py adds.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -172,13 +172,11 @@ def mend_gradients(
             tl.store(spot, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
             spot = at(DK, so, batch, head, token, 1) + here
             dk = tl.load(spot, mask=ok[:, None], other=0.0) * rise + gather(q, k, P, H, rows, True, CHUNK)
-            tl.store(spot, dk.to(DK.dtype.element_ty), mask=ok[:, None])
-            if DKEY is not None:
+            if DQUERY is not None:
                 dvalue = tile(at(DVALUE, sv, batch, head, token, 1), rows, sv[2], columns, ok)
                 P = tl.where(rows[:, None] > rows[None, :], -dot(dvalue, tl.trans(u), PRECISION), 0.0)
-                spot = at(DKEY, so, batch, head, token, 1) + here
-                dk = tl.load(spot, mask=ok[:, None], other=0.0) * rise + gather(k, k, P, H, rows, True, CHUNK)
-                tl.store(spot, dk.to(DKEY.dtype.element_ty), mask=ok[:, None])
-                spot = at(DQUERY, so, batch, head, token, 1) + here
-                dk = tl.load(spot, mask=ok[:, None], other=0.0) * fall + gather(k, k, P, H, rows, False, CHUNK)
-                tl.store(spot, dk.to(DQUERY.dtype.element_ty), mask=ok[:, None])
+                dk += gather(k, k, P, H, rows, True, CHUNK)
+                of_query = at(DQUERY, so, batch, head, token, 1) + here
+                more = tl.load(of_query, mask=ok[:, None], other=0.0) * fall + gather(k, k, P, H, rows, False, CHUNK)
+                tl.store(of_query, more.to(DQUERY.dtype.element_ty), mask=ok[:, None])
+            tl.store(spot, dk.to(DK.dtype.element_ty), mask=ok[:, None])

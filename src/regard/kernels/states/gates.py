@@ -58,14 +58,14 @@ def gradient(X, strides, batch, head, token, rows, dims, end):
 
 @triton.jit
 def gates(
-    Q, DQ, K, DK, SELF, DKEY, DQUERY, G, DG, WIDE, KNOWN, LAST, SEQUENCES, sq, sk, so, sg, sx, ss, heads,
+    Q, DQ, K, DK, SELF, DQUERY, G, DG, WIDE, KNOWN, LAST, SEQUENCES, sq, sk, so, sg, sx, ss, heads,
     DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, EVERY: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, CHANNELS: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """The tokens between two anchors of one head, `BLOCK` channels.
 
     SELF: `dout . u`, what token i makes of itself; it cancels in dg, so DQ and DK come without it (its rounding would
-    stay) and leave with it. DKEY, DQUERY: what the delta rule adds to DK, as to a key and as to a query. CHANNELS:
+    stay) and leave with it. DQUERY: what the delta rule adds to DK as to a query, with decay by channel. CHANNELS:
     these are gradients of shares (see factor.py) and become those of q and k, unless the chunk is wide and was mended.
     KNOWN `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of
     each sequence on. DG (None: not wanted) by token and channel, or by block of channels and token.
@@ -87,8 +87,6 @@ def gates(
         here = rows[:, None] * so[2] + dims[None, :]
         dq = gradient(DQ, so, batch, head, token, rows, dims, end)
         dk = gradient(DK, so, batch, head, token, rows, dims, end)
-        if DKEY is not None:
-            dk += gradient(DKEY, so, batch, head, token, rows, dims, end)
         if CHANNELS:
             chunk = first + piece * EVERY + EVERY - 1 - i
             fall, rise = whole(G, WIDE, sg, batch, head, heads, token, end, chunk, rows, dims, GROUP_G, SPAN, BLOCKS)
@@ -100,14 +98,12 @@ def gates(
             alone = tl.load(at(SELF, ss, batch, head, token, 1) + rows * ss[2], mask=ok, other=0.0)[:, None]
             dq, dk = dq + alone * k, dk + alone * q
         if DQUERY is not None:
-            more = gradient(DQUERY, so, batch, head, token, rows, dims, end) * (fall if CHANNELS else 1.0)
+            more = gradient(DQUERY, so, batch, head, token, rows, dims, end) * fall
             if DG is not None:
                 own += k * more
             dk += more
-        if CHANNELS or DG is not None:
-            tl.store(at(DQ, so, batch, head, token, 1) + here, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
-        if CHANNELS or DG is not None or DKEY is not None:
-            tl.store(at(DK, so, batch, head, token, 1) + here, dk.to(DK.dtype.element_ty), mask=ok[:, None])
+        tl.store(at(DQ, so, batch, head, token, 1) + here, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
+        tl.store(at(DK, so, batch, head, token, 1) + here, dk.to(DK.dtype.element_ty), mask=ok[:, None])
         if DG is not None:
             if CHANNELS:
                 spot = at(DG, sx, batch, head, token, 1) + rows[:, None] * sx[2] + dims[None, :]

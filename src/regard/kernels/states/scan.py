@@ -6,7 +6,7 @@ A gradient is a scan. With u what is written (v, or the delta rule's correction)
     du_j = sum_{i >= j} (k_j . q_i) w_ij dout_i      dk_j = sum_{i >= j} (u_j . dout_i) w_ij q_i
 
 and the delta rule adds to dk the same sums over earlier and later tokens, strict, with -dv in place of dout
-and k in place of q, because its correction reads the state as a query would.
+and k in place of q, because its correction reads the state as a query would: gradients.py has all of them at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,6 +23,7 @@ from regard.kernels import device
 from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
+from regard.kernels.states.gradients import gradients
 from regard.kernels.states.segments import EVERY, cut, join
 from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
 
@@ -229,6 +230,7 @@ def run(
     total: Tensor | None = None,
     anchors: Tensor | None = None,
     meet: Tensor | None = None,
+    every: int = EVERY,
     rule: tuple[Tensor, Tensor, Tensor | None] | None = None,
 ) -> None:
     """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
@@ -250,7 +252,7 @@ def run(
         *strides, p.strides_g, _three(beta if alone is None else alone), _four(begin), _four(end), scale, p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
         DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk,
-        BLOCKS=p.blocks, EVERY=EVERY, **p.settings, **keywords,
+        BLOCKS=p.blocks, EVERY=every, **p.settings, **keywords,
     )  # fmt: skip
 
 
@@ -305,11 +307,11 @@ def solve(p: Problem, f: Factors, k: Tensor, beta: Tensor, triangle: Tensor) -> 
 
 def back(
     p: Problem, f: Factors, dout: Tensor, scale: float, taught: tuple[Tensor, Tensor],
-    begin: Tensor | None, end: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    begin: Tensor | None, end: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Launch the delta rule's way back; `taught`: (beta, triangle), `given`: (error, dvalue, written, dbeta)."""
+    """Launch the delta rule's way back; `taught`: (beta, triangle), `given`: (error, dvalue, written, dbeta, later)."""
     beta, triangle = taught
-    error, dvalue, written, dbeta = given or (None,) * 4
+    error, dvalue, written, dbeta, later = given or (None,) * 5
     keywords, (blocks, block) = p.launch(p.dim, p.columns)
     strides = [_three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
     group = p.heads // f.left.shape[1]
@@ -317,8 +319,8 @@ def back(
         p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue, written), block
     )
     delta_rule.back[(blocks, p.heads, p.segments.count)](
-        left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, written, dbeta, p.decay, beta, triangle,
-        begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
+        left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, written, dbeta, later, p.decay,
+        beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
         (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), _four(begin), _four(end),
         scale, p.heads, DIM=p.dim, COLUMNS=p.columns, BLOCK=block, GROUP=group, DECAY=p.kind,
         BULK=bulk, BLOCKS=p.blocks, **p.settings, **keywords,
@@ -373,11 +375,10 @@ class _Scan(torch.autograd.Function):
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
         first = None if dlast is None else dlast.float() / ctx.scale
         learned = p.decay is not None and ctx.needs_input_grad[3]
-        anchors = _anchors(p) if learned else None
         if beta is None:
-            g = _plain(p, f, v, dout, ctx.scale, (begins, first), anchors)
+            g = _plain(p, f, v, dout, ctx.scale, (begins, first), learned)
         else:
-            g = _delta(p, f, dout, ctx.scale, (beta, triangle, matrix, error), (begins, first), anchors)
+            g = _delta(p, f, dout, ctx.scale, (beta, triangle, matrix, error), (begins, first), learned)
         if p.kind == CHANNEL:
             _mended(p, f, (q, k), dout, g, ctx.scale)
         final = last * dlast if learned and dlast is not None else None
@@ -388,10 +389,11 @@ class _Scan(torch.autograd.Function):
 
 @dataclass
 class Gradients:
-    """Gradients of one scan: `key` and `query` are what the delta rule adds to `k`; `first` is over the scale.
+    """Gradients of one scan; `first` is over the scale.
 
     `written`: the values written. `alone` `[B, H, T]`: what a token makes of itself, missing in `q` and `k` where it is
-    given. `known`: what decays have summed to from each anchor on (see gates.py).
+    given. `known`: what decays have summed to from each anchor on (see gates.py). `query`: what the delta rule adds to
+    `k` as to a query, where gates.py has to know. `decay`: in parts to be added.
     """
 
     q: Tensor
@@ -400,10 +402,10 @@ class Gradients:
     written: Tensor
     first: Tensor | None
     known: Tensor | None
-    key: Tensor | None = None
     query: Tensor | None = None
     beta: Tensor | None = None
     alone: Tensor | None = None
+    decay: Tensor | None = None
 
 
 def _grouped(x: Tensor, like: Tensor) -> Tensor:
@@ -415,82 +417,83 @@ def _turn(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.mT
 
 
-def _anchors(p: Problem) -> Tensor:
-    """Memory for the states at anchors, turned."""
-    shape = (p.segments.chunks // EVERY, p.heads, p.columns, p.dim)
-    return torch.empty(shape, dtype=p.fine, device=p.device)
-
-
-def _plain(p, f, v, dout, scale, states, anchors) -> Gradients:
+def _plain(p, f, v, dout, scale, states, learned) -> Gradients:
     """Gradients without the delta rule."""
     begins, first = states
     dq, dk, dv = p.like(p.dim, f.left), p.like(p.dim, f.left), p.like(p.columns, f.left)
-    strict, alone = anchors is not None, _alone(p, anchors)
-    run(
-        p, f, v, f.right, a=dout, out=dq, scale=scale, turned=True, strict=strict, alone=alone, begin=_turn(begins),
-        anchors=anchors,
-    )  # fmt: skip
+    anchors, known, alone = _anchors(p) if learned else (None, None, None)
+    sides = {"turned": True, "strict": learned, "scale": scale, "anchors": anchors}
+    run(p, f, v, f.right, a=dout, out=dq, alone=alone, begin=_turn(begins), **sides)
     ends, last = carried(p, f, f.left, dout, first, None, True, None)
     end = p.states(p.dim, p.columns) if last is None else None
     run(p, f, f.left, dout, a=f.right, out=dv, scale=scale, reverse=True, begin=ends, end=end)
-    known = _keys(p, f, (dout, f.left, v, dk), scale, ends, anchors, strict=strict)
+    run(p, f, dout, f.left, a=v, out=dk, reverse=True, begin=_turn(ends), meet=known, **sides)
+    known = None if known is None else known.mul_(scale)
     return Gradients(dq, dk, dv, v, end if last is None else last, known, alone=alone)
 
 
-def _alone(p: Problem, anchors: Tensor | None) -> Tensor | None:
-    """Memory for what tokens make of themselves, where decays learn."""
-    if anchors is None:
-        return None
-    return torch.empty(p.batch, p.heads, p.tokens, dtype=torch.float32, device=p.device)
+def _anchors(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for what gradients of decays need: states at anchors, turned; what is known there; `Gradients.alone`."""
+    count, sizes = p.segments.chunks // EVERY, {"dtype": torch.float32, "device": p.device}
+    return (
+        torch.empty(count, p.heads, p.columns, p.dim, dtype=p.fine, device=p.device),
+        torch.empty(count, p.heads, p.dim, **sizes),
+        torch.empty(p.batch, p.heads, p.tokens, **sizes),
+    )
 
 
-def _keys(p, f, parts, scale, ends, anchors, strict) -> Tensor | None:
-    """`out_j = scale * sum_i (a_j . b_i) w c_i` over later tokens, and what it gives decays at anchors."""
-    b, c, a, out = parts
-    known = None
-    if anchors is not None:
-        known = torch.empty(anchors.shape[0], p.heads, p.dim, dtype=torch.float32, device=p.device)
-    run(
-        p, f, b, c, a=a, out=out, scale=scale, turned=True, reverse=True, strict=strict, begin=_turn(ends),
-        anchors=anchors, meet=known,
-    )  # fmt: skip
-    return None if known is None else known.mul_(scale)
-
-
-def _delta(p, f, dout, scale, taught, states, anchors) -> Gradients:
+def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
     """Gradients of the delta rule."""
     beta, triangle, matrix, error = taught
     begins, first = states
     dv, written = torch.empty_like(error), torch.empty_like(error)
-    blocks = p.launch(p.dim, p.columns)[1][0]
-    dbeta = torch.empty(blocks, *beta.shape, dtype=torch.float32, device=p.device)
+    sizes = {"dtype": torch.float32, "device": p.device}
+    dbeta = torch.empty(p.launch(p.dim, p.columns)[1][0], *beta.shape, **sizes)
     local = None if matrix is None else lambda end: back(p, f, dout, scale, (beta, triangle), None, end, None)
     ends, last = carried(p, f, f.left, dout, first, matrix, True, local)
     end = p.states(p.dim, p.columns) if last is None else None
-    back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, written, dbeta))
-    # The state behind `back` is that of dout less that of dv, over the scale.
-    of_dout, of_dv = first, None
-    if matrix is not None:
-        of_dout, _ = carried(p, f, f.left, dout, first, None, True, None)
-        of_dv = (of_dout - ends) * scale
-    dq, dk, dkey, dquery = (p.like(p.dim, dout) for _ in range(4))
-    turned = {"turned": True, "begin": _turn(begins)}
-    strict, alone = anchors is not None, _alone(p, anchors)
-    run(p, f, written, f.right, a=dout, out=dq, scale=scale, strict=strict, alone=alone, anchors=anchors, **turned)
-    run(p, f, written, f.right, a=dv, out=dquery, scale=-1.0, strict=True, **turned)
-    known = _keys(p, f, (dout, f.left, written, dk), scale, of_dout, anchors, strict=strict)
-    key = f.right if f.entry is None else f.entry
-    more = _keys(p, f, (dv, key, written, dkey), -1.0, of_dv, anchors, strict=True)
-    known = None if known is None else known + more
-    first = end if last is None else last
-    return Gradients(dq, dk, dv, written, first, known, dkey, dquery, dbeta.sum(0).to(beta.dtype), alone)
+    later, before = (
+        torch.empty(p.segments.chunks, p.heads, p.dim, p.columns, dtype=p.dtype, device=p.device) for _ in range(2)
+    )
+    back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, written, dbeta, later))
+    run(p, f, f.right, written, begin=begins, anchors=before, every=1)
+    g = Gradients(
+        p.like(p.dim, dout), p.like(p.dim, dout), dv, written, end if last is None else last, None,
+        beta=dbeta.sum(0).to(beta.dtype),
+    )  # fmt: skip
+    block = min(p.dim, 64)
+    if p.kind == CHANNEL:
+        g.query = p.like(p.dim, dout)
+        if learned:
+            _, g.known, g.alone = _anchors(p)
+    elif learned:
+        g.decay = torch.empty(p.dim // block, *beta.shape, **sizes)
+    _keys_and_queries(p, f, dout, (before, later), g, scale, block)
+    return g
+
+
+def _keys_and_queries(p, f, dout, states, g: Gradients, scale, block) -> None:
+    """Launch `gradients`, `block` channels a program."""
+    step = min(p.columns, 64)
+    strides = [_three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
+    group = p.heads // f.left.shape[1]
+    bulk, (left, right, entry, *made), read = bulked(
+        p, (f.left, f.right, f.entry, g.q, g.k, g.query), block, (dout, g.v, g.written), step
+    )
+    of_decay = (0, 0, 0, 0) if g.decay is None else (*g.decay.stride()[1:], g.decay.stride(0))
+    gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
+        left, right, entry, *read, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
+        p.segments.table, *strides, p.strides_g, of_decay, _three(g.alone), scale, p.heads,
+        DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
+        BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=2,
+    )  # fmt: skip
 
 
 def _mended(p, f, qk, dout, g: Gradients, scale) -> None:
     """Launch `mend_gradients`."""
     q, k = qk
     mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
-        q, k, p.decay, dout, g.written, g.v, g.q, g.k, g.key, g.query, f.wide, p.segments.table,
+        q, k, p.decay, dout, g.written, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
         _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), scale, p.heads, LOOK,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, STRICT=g.alone is not None,
         SPAN=p.span, BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
@@ -499,24 +502,10 @@ def _mended(p, f, qk, dout, g: Gradients, scale) -> None:
 
 def _decays(p, f, qk, g: Gradients, final) -> Tensor | None:
     """The gradient of the decays (None: not wanted); the gradients of q and k are finished on the way, in place."""
-    q, k = qk
     channels = p.kind == CHANNEL
-    if g.known is None and g.key is None and not channels:
-        return None
-    blocks = p.blocks if channels else max(1, p.dim // 128)
-    ddecay = None
-    if g.known is not None:
-        shape = (p.batch, p.heads, p.tokens)
-        dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
-        ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
-    strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
-    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
-        q, g.q, k, g.k, g.alone, g.key, g.query, p.decay, ddecay, f.wide, g.known,
-        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
-        strides, _three(g.alone), p.heads,
-        DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
-        **p.settings, num_warps=4 if channels else 8, num_stages=1,
-    )  # fmt: skip
+    ddecay = g.decay
+    if g.known is not None or channels:
+        ddecay = _gates(p, f, qk, g, final)
     if ddecay is None:
         return None
     if not channels:
@@ -526,3 +515,24 @@ def _decays(p, f, qk, g: Gradients, final) -> Tensor | None:
     elif p.group_g > 1:
         ddecay = ddecay.unflatten(1, (-1, p.group_g)).sum(2)
     return ddecay.to(p.decay.dtype)
+
+
+def _gates(p, f, qk, g: Gradients, final) -> Tensor | None:
+    """Launch `gates`: the gradient of the decays, in parts unless by channel; those of q and k are finished."""
+    q, k = qk
+    channels = p.kind == CHANNEL
+    blocks = p.blocks if channels else max(1, p.dim // 128)
+    ddecay = None
+    if g.known is not None:
+        shape = (p.batch, p.heads, p.tokens)
+        dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
+        ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
+    strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
+    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
+        q, g.q, k, g.k, g.alone, g.query, p.decay, ddecay, f.wide, g.known,
+        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
+        strides, _three(g.alone), p.heads,
+        DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
+        **p.settings, num_warps=4 if channels else 8, num_stages=1,
+    )  # fmt: skip
+    return ddecay
