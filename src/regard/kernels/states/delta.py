@@ -99,8 +99,7 @@ def solve(
 
 @triton.jit
 def back(
-    Q, K, ENTRY, SCORES, WIDE, FACTORS, DOUT, ERROR, DVALUE, WRITTEN, DBETA, LATER, G, BETA, TRIANGLE, BEGIN, END,
-    SEGMENTS,
+    Q, K, ENTRY, SCORES, WIDE, FACTORS, DOUT, ERROR, DVALUE, DBETA, LATER, G, BETA, TRIANGLE, BEGIN, END, SEGMENTS,
     sq, sk, se, sd, so, sg, sw, sx, sn, sm, scale, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     GROUP: tl.constexpr, GROUP_G: tl.constexpr, DECAY: tl.constexpr, EXACT: tl.constexpr,
@@ -109,10 +108,10 @@ def back(
     """The delta rule backwards, one segment of one head, `BLOCK` columns of v.
 
     `du = scale (P^T dout + k S')` is turned into `z = (I + A)^-T du`, the gradient of `beta x`; then
-    DVALUE = beta z is the gradient of v, WRITTEN = beta x what was written, DBETA `[blocks, B, heads, T]` the part
-    of beta's gradient in these columns. S' `= sum w (q^T dout - k^T beta z / scale)` lies in BEGIN and END, and behind
-    every chunk in LATER `[chunks, heads, DIM, COLUMNS]`. With decay by channel, Q and K are the shares of factor.py,
-    which ENTRY, SCORES and FACTORS come with.
+    DVALUE = beta z is the gradient of v, and DBETA `[blocks, B, heads, T]` what these columns give that of beta, with
+    ERROR = x. S' `= sum w (q^T dout - k^T beta z / scale)` lies in BEGIN and END, and behind every chunk in LATER
+    `[chunks, heads, DIM, COLUMNS]`. With decay by channel, Q and K are the shares of factor.py, which ENTRY, SCORES and
+    FACTORS come with.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -147,7 +146,6 @@ def back(
         if ERROR is not None:
             error = fetch(ERROR, so, batch, head, token, rows, columns, skipped, ok, 1, BULK).to(tl.float32)
             put(DVALUE, so, batch, head, token, rows, columns, skipped, ok, dvalue, BULK)
-            put(WRITTEN, so, batch, head, token, rows, columns, skipped, ok, error * beta[:, None], BULK)
             spot = at(DBETA + block.to(tl.int64) * sx[3], sx, batch, head, token, 1) + rows
             tl.store(spot, tl.sum(ascent * error, 1), mask=ok)
         if DECAY == 3:

@@ -11,7 +11,7 @@ Read backwards the two shares change places, so one pass over the tokens serves 
 import triton
 import triton.language as tl
 
-from regard.kernels.states.sweep import at, dot, is_wide, segment_of, tile
+from regard.kernels.states.sweep import at, dot, is_wide, segment_of, strengths, tile
 
 
 @triton.jit
@@ -139,14 +139,15 @@ def mend(
 
 @triton.jit
 def mend_gradients(
-    Q, K, G, DOUT, WRITTEN, DVALUE, DQ, DK, DQUERY, WIDE, SEGMENTS, sq, sk, sg, sd, so, sv, scale, heads, span,
+    Q, K, G, DOUT, WRITTEN, BETA, DVALUE, DQ, DK, DQUERY, WIDE, SEGMENTS,
+    sq, sk, sg, sd, so, sv, sw, scale, heads, span,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
     GROUP_G: tl.constexpr, STRICT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of shares become those of q and k, in place: wide chunks among `span`, `BLOCK` channels of one head.
 
-    The products inside the chunk, which the sweeps left out, are added. DQUERY, DVALUE: the delta rule's (see
-    gradients.py), or None. STRICT: without the token itself, which gates.py adds.
+    The products inside the chunk, which the sweeps left out, are added. WRITTEN is written with strength BETA, or 1.
+    DQUERY, DVALUE: the delta rule's (see gradients.py), or None. STRICT: without the token itself, which gates.py adds.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -164,6 +165,8 @@ def mend_gradients(
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok)
             u = tile(at(WRITTEN, sv, batch, head, token, 1), rows, sv[2], columns, ok)
+            if BETA is not None:
+                u = (u * strengths(BETA, sw, batch, head, token, rows, ok)[:, None]).to(u.dtype)
             dout = tile(at(DOUT, sd, batch, head, token, 1), rows, sd[2], columns, ok)
             P = dot(dout, tl.trans(u), PRECISION) * scale
             P = tl.where((rows[:, None] > rows[None, :]) | ((rows[:, None] == rows[None, :]) & (not STRICT)), P, 0.0)

@@ -65,8 +65,9 @@ def gates(
     """The tokens between two anchors of one head, `BLOCK` channels.
 
     SELF: `dout . u`, what token i makes of itself; it cancels in dg, so DQ and DK come without it (its rounding would
-    stay) and leave with it. DQUERY: what the delta rule adds to DK as to a query, with decay by channel. CHANNELS:
-    these are gradients of shares (see factor.py) and become those of q and k, unless the chunk is wide and was mended.
+    stay) and leave with it (None: they have it). DQUERY: what the delta rule adds to DK as to a query (see
+    gradients.py). CHANNELS: these are gradients of shares (see factor.py) and become those of q and k, unless the chunk
+    is wide and was mended.
     KNOWN `[anchors, heads, DIM]`: the sum from each anchor on; LAST `[N, heads, DIM]` (or None, 0): from the end of
     each sequence on. DG (None: not wanted) by token and channel, or by block of channels and token.
     """
@@ -91,7 +92,7 @@ def gates(
             chunk = first + piece * EVERY + EVERY - 1 - i
             fall, rise = whole(G, WIDE, sg, batch, head, heads, token, end, chunk, rows, dims, GROUP_G, SPAN, BLOCKS)
             dq, dk = dq * fall, dk * rise
-        if DG is not None:
+        if SELF is not None:
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok).to(tl.float32)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok).to(tl.float32)
             own = q * dq - k * dk

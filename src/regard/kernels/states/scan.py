@@ -23,7 +23,7 @@ from regard.kernels import device
 from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
-from regard.kernels.states.gradients import gradients
+from regard.kernels.states.gradients import chunk_gradients
 from regard.kernels.states.segments import EVERY, cut, join
 from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
 
@@ -231,16 +231,17 @@ def run(
     anchors: Tensor | None = None,
     meet: Tensor | None = None,
     every: int = EVERY,
-    rule: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    rule: tuple[Tensor, Tensor | None, Tensor | None] | None = None,
 ) -> None:
     """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
 
-    `strict`: without the token itself, whose product goes to `alone`. `rule`: (beta, triangle, error or None).
+    `strict`: without the token itself, whose product goes to `alone`. `rule`: (beta, triangle, error or None); without
+    a triangle, c is written with strength beta.
     """
     dim, columns = b.shape[3], c.shape[3]
     keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
-    entry = None if rule is None else f.entry
+    entry = None if triangle is None else f.entry
     of_out = error if out is None else out
     group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
     strides = [_three(x) for x in (a, b, c, entry, of_out)]
@@ -307,19 +308,19 @@ def solve(p: Problem, f: Factors, k: Tensor, beta: Tensor, triangle: Tensor) -> 
 
 def back(
     p: Problem, f: Factors, dout: Tensor, scale: float, taught: tuple[Tensor, Tensor],
-    begin: Tensor | None, end: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None,
+    begin: Tensor | None, end: Tensor | None, given: tuple[Tensor, Tensor, Tensor, Tensor] | None,
 ) -> None:  # fmt: skip
-    """Launch the delta rule's way back; `taught`: (beta, triangle), `given`: (error, dvalue, written, dbeta, later)."""
+    """Launch the delta rule's way back; `taught`: (beta, triangle), `given`: (error, dvalue, dbeta, later)."""
     beta, triangle = taught
-    error, dvalue, written, dbeta, later = given or (None,) * 5
+    error, dvalue, dbeta, later = given or (None,) * 4
     keywords, (blocks, block) = p.launch(p.dim, p.columns)
     strides = [_three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
     group = p.heads // f.left.shape[1]
-    bulk, (left, right, entry), (dout_, error, dvalue, written) = bulked(
-        p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue, written), block
+    bulk, (left, right, entry), (dout_, error, dvalue) = bulked(
+        p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue), block
     )
     delta_rule.back[(blocks, p.heads, p.segments.count)](
-        left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, written, dbeta, later, p.decay,
+        left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, dbeta, later, p.decay,
         beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
         (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), _four(begin), _four(end),
         scale, p.heads, DIM=p.dim, COLUMNS=p.columns, BLOCK=block, GROUP=group, DECAY=p.kind,
@@ -380,7 +381,7 @@ class _Scan(torch.autograd.Function):
         else:
             g = _delta(p, f, dout, ctx.scale, (beta, triangle, matrix, error), (begins, first), learned)
         if p.kind == CHANNEL:
-            _mended(p, f, (q, k), dout, g, ctx.scale)
+            _mended(p, f, (q, k), dout, beta, g, ctx.scale)
         final = last * dlast if learned and dlast is not None else None
         ddecay = _decays(p, f, (q, k), g, final)
         dbegin = g.first * ctx.scale if ctx.first else None
@@ -391,9 +392,9 @@ class _Scan(torch.autograd.Function):
 class Gradients:
     """Gradients of one scan; `first` is over the scale.
 
-    `written`: the values written. `alone` `[B, H, T]`: what a token makes of itself, missing in `q` and `k` where it is
-    given. `known`: what decays have summed to from each anchor on (see gates.py). `query`: what the delta rule adds to
-    `k` as to a query, where gates.py has to know. `decay`: in parts to be added.
+    `written`: the values written; over beta under the delta rule. `alone` `[B, H, T]`: what a token makes of itself,
+    missing in `q` and `k` where it is given. `known`: what decays have summed to from each anchor on (see gates.py).
+    `query`: what the delta rule adds to `k` as to a query, where gates.py has to know. `decay`: in parts to be added.
     """
 
     q: Tensor
@@ -446,7 +447,7 @@ def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
     """Gradients of the delta rule."""
     beta, triangle, matrix, error = taught
     begins, first = states
-    dv, written = torch.empty_like(error), torch.empty_like(error)
+    dv = torch.empty_like(error)
     sizes = {"dtype": torch.float32, "device": p.device}
     dbeta = torch.empty(p.launch(p.dim, p.columns)[1][0], *beta.shape, **sizes)
     local = None if matrix is None else lambda end: back(p, f, dout, scale, (beta, triangle), None, end, None)
@@ -455,25 +456,25 @@ def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
     later, before = (
         torch.empty(p.segments.chunks, p.heads, p.dim, p.columns, dtype=p.dtype, device=p.device) for _ in range(2)
     )
-    back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, written, dbeta, later))
-    run(p, f, f.right, written, begin=begins, anchors=before, every=1)
+    back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, dbeta, later))
+    run(p, f, f.right, error, begin=begins, anchors=before, every=1, rule=(beta, None, None))
     g = Gradients(
-        p.like(p.dim, dout), p.like(p.dim, dout), dv, written, end if last is None else last, None,
+        p.like(p.dim, dout), p.like(p.dim, dout), dv, error, end if last is None else last, None,
         beta=dbeta.sum(0).to(beta.dtype),
     )  # fmt: skip
     block = min(p.dim, 64)
     if p.kind == CHANNEL:
-        g.query = p.like(p.dim, dout)
-        if learned:
-            _, g.known, g.alone = _anchors(p)
+        g.query, g.alone = p.like(p.dim, dout), torch.empty(beta.shape, **sizes)
+        # One behind the last anchor, where the last chunk writes too.
+        g.known = torch.empty(p.segments.chunks // EVERY + 1, p.heads, p.dim, **sizes) if learned else None
     elif learned:
         g.decay = torch.empty(p.dim // block, *beta.shape, **sizes)
-    _keys_and_queries(p, f, dout, (before, later), g, scale, block)
+    _keys_and_queries(p, f, dout, (before, later), beta, g, scale, block)
     return g
 
 
-def _keys_and_queries(p, f, dout, states, g: Gradients, scale, block) -> None:
-    """Launch `gradients`, `block` channels a program."""
+def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> None:
+    """Launch `chunk_gradients`, `block` channels a program."""
     step = min(p.columns, 64)
     strides = [_three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
     group = p.heads // f.left.shape[1]
@@ -481,20 +482,21 @@ def _keys_and_queries(p, f, dout, states, g: Gradients, scale, block) -> None:
         p, (f.left, f.right, f.entry, g.q, g.k, g.query), block, (dout, g.v, g.written), step
     )
     of_decay = (0, 0, 0, 0) if g.decay is None else (*g.decay.stride()[1:], g.decay.stride(0))
-    gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
-        left, right, entry, *read, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
-        p.segments.table, *strides, p.strides_g, of_decay, _three(g.alone), scale, p.heads,
+    chunk_gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
+        left, right, entry, *read, beta, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
+        p.segments.table, *strides, p.strides_g, _three(beta), of_decay, _three(g.alone), scale, p.heads,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
         BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=2,
     )  # fmt: skip
 
 
-def _mended(p, f, qk, dout, g: Gradients, scale) -> None:
+def _mended(p, f, qk, dout, beta, g: Gradients, scale) -> None:
     """Launch `mend_gradients`."""
     q, k = qk
     mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
-        q, k, p.decay, dout, g.written, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), scale, p.heads, LOOK,
+        q, k, p.decay, dout, g.written, beta, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
+        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), _three(beta), scale,
+        p.heads, LOOK,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, STRICT=g.alone is not None,
         SPAN=p.span, BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
     )  # fmt: skip

@@ -262,18 +262,17 @@ def products(
 def sweep(
     A, B, C, OUT, SELF, G, FACTORS, WIDE, SCORES, BETA, TRIANGLE, ENTRY, ERROR, BEGIN, END, TOTAL, ANCHORS, MEET,
     SEGMENTS, sa, sb, sc, se, so, sg, sw, sn, sm, scale, heads,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP_A: tl.constexpr, GROUP_B: tl.constexpr, GROUP_C: tl.constexpr, GROUP_G: tl.constexpr,
-    DECAY: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, BULK: tl.constexpr, BLOCKS: tl.constexpr,
-    EXACT: tl.constexpr, EVERY: tl.constexpr,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP_A: tl.constexpr,
+    GROUP_B: tl.constexpr, GROUP_C: tl.constexpr, GROUP_G: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr,
+    STRICT: tl.constexpr, BULK: tl.constexpr, BLOCKS: tl.constexpr, EXACT: tl.constexpr, EVERY: tl.constexpr,
 ):  # fmt: skip
     """One segment of one head, `BLOCK` columns of c.
 
     Pointers that are None switch their part off. A, OUT: without them only the state is carried. STRICT: token i itself
     is left out; SELF `[B, heads, T]` receives a_i . b_i. WIDE: see factor.py; the products a . b of such a chunk lie in
-    SCORES or are added later. TRIANGLE: c becomes what the delta rule writes with strength BETA; ERROR receives it over
-    beta; ENTRY: b with the decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before, after. TOTAL: all
-    decay of the segment. ANCHORS, MEET: see `anchor`. Strides: (batch, head, token); of states, all four.
+    SCORES or are added later. BETA: c is written with this strength, by the delta rule if there is a TRIANGLE; ERROR
+    receives it over beta; ENTRY: b with the decay up to it. BEGIN, END: the state `[n, heads, DIM, COLUMNS]` before,
+    after. TOTAL: all decay of the segment. ANCHORS, MEET: see `anchor`. Strides: (batch, head, token); of states, all.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     block, head, segment = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -283,9 +282,8 @@ def sweep(
     offsets = columns if DECAY == 4 else dims
     S, passed = begun(BEGIN, sn, segment, head, dims, columns, DIM, BLOCK), tl.zeros((DIM,), tl.float32)
     slope = rate(G, head) if DECAY == 1 else 0.0
-    chunks = tl.cdiv(end - start, CHUNK)
-    for i in range(chunks):
-        index = chunks - 1 - i if REVERSE else i
+    for i in range(tl.cdiv(end - start, CHUNK)):
+        index = tl.cdiv(end - start, CHUNK) - 1 - i if REVERSE else i
         token, chunk = start + index * CHUNK, first + index
         ok = rows < end - token
         x, y, z = shares(G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, offsets, WIDTH,
@@ -302,6 +300,8 @@ def sweep(
             key = fetch(ENTRY, se, batch, head, token, rows, dims, 0, ok, 1, BULK) if DECAY == 3 else b
             c = corrected(c, key, state, x, TRIANGLE, BETA, ERROR, sw, so, batch, head, heads, token, end, chunk, rows,
                           columns, block * BLOCK, DECAY, BULK, CHUNK, PRECISION)  # fmt: skip
+        elif BETA is not None:
+            c = (c * strengths(BETA, sw, batch, head, token, rows, ok)[:, None]).to(c.dtype)
         if OUT is not None:
             a = fetch(A, sa, batch, head, token, rows, dims, 0, ok, GROUP_A, BULK)
             scores, own = products(a, b, x, SCORES, wide, chunk, head, heads, rows, DECAY, REVERSE, STRICT,
