@@ -2,7 +2,8 @@
 
 Every problem is checked against the chunked form in float64 before it is timed: one of odd length by itself, and a
 head of the very problem that is timed; what errs too much is not timed. Both sides get the same values, each in its
-own layout, and take turns. First calls are timed in processes of their own, each with an empty Triton cache.
+own layout, and take turns. Our first calls are timed in processes of their own, each with an empty Triton cache; what
+fla's autotuner asks for is compiled ahead (ahead.py), and it chooses in the process that is timed.
 On a CPU this runs only where Triton interprets (TRITON_INTERPRET=1, `fla=0`), to show that it runs.
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ahead import side_by_side
 from regard.core.errors import RegardError
 from regard.kernels.states.scan import scan
 from regard.measure.seconds import spread
@@ -44,7 +46,7 @@ UNITS = {"head": (4, 7), "token": (4, 7), "channel": (5, 9)}
 MOST, MOST_DECAY = 0.03, 0.05
 COLUMNS = (
     "mechanism", "shape", "phase", "ours ms", "mad", "fla ms", "fla mad", "fla / ours", "over forward", "floor ms",
-    "share of floor", "first s", "fla first s", "error", "fla error", "ns a token", "bytes a token", "says",
+    "share of floor", "first s", "error", "fla error", "ns a token", "bytes a token", "says",
 )  # fmt: skip
 Call = Callable[[], Any]
 
@@ -98,12 +100,13 @@ def run(
     odd: int = 700,
     shortest: int = 4096,
     longest: int = 524_288,
+    patience: int = 120,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Rows for forward and backward at `rows` by `tokens / rows` and at 1 by `tokens`, then by length.
 
     Args:
         kind: which of `KINDS`, counted from 0; -1 for all.
-        fla: 1 to time flash-linear-attention beside (its first calls take minutes).
+        fla: 1 to time flash-linear-attention beside.
         long: 1 for forward with backward by length: doubling from `shortest` to an eighth of `longest`, and `longest`.
         repeats: timings of each side, taking turns.
         steps: calls in one timing.
@@ -114,9 +117,10 @@ def run(
         odd: length of the problem of two heads that is checked first.
         shortest: length.
         longest: length.
+        patience: seconds after which no more of fla's kernels are compiled ahead.
 
     Raises:
-        RegardError: no such kind, or fla cannot run here.
+        RegardError: no such kind, fla cannot run here, or patience ended first.
     """
     names = list(KINDS)
     if not -1 <= kind < len(names):
@@ -133,26 +137,51 @@ def run(
     told["versions"] |= {name: version(name) for name in ("triton", "fla-core")}
     lengths = [shortest << i for i in range(max(longest // 8 // shortest, 1).bit_length())] + [longest]
     shapes = ((rows, tokens // rows), (1, tokens))
-    alone, made = measured(shared, chosen, shapes, lengths if long else [], bool(fla))
-    return told | {"first calls": {" ".join(map(str, key)): value for key, value in alone.items()}}, made
+    with tempfile.TemporaryDirectory() as folder:
+        alone = first_calls(shared, folder, chosen, shapes)
+        told["first calls"] = {" ".join(map(str, key)): value for key, value in alone.items()}
+        if fla:
+            told["compiled ahead"] = prepared(shared, folder, chosen, (min(rows, 16), shapes[0][1]), patience)
+        return told, measured(shared, folder, chosen, shapes, lengths if long else [], alone, bool(fla))
+
+
+def prepared(
+    shared: Setting, folder: str, chosen: list[str], shape: tuple[int, int], patience: int
+) -> dict[str, float]:
+    """Compile what fla will ask for.
+
+    Raises:
+        RegardError: patience ended first.
+    """
+    print("compiling fla's kernels", flush=True)
+    told = side_by_side(walk, shared, chosen, shape, folder=store(folder, "fla"), seconds=patience)
+    print(told, flush=True)
+    if told["late"]:
+        raise RegardError(f"{told['late']} of fla's {told['met']} kernels were not compiled in {patience} s: raise it")
+    return told
+
+
+def walk(shared: Setting, chosen: list[str], shape: tuple[int, int]) -> None:
+    """All calls of fla, on few rows: of their number its kernels are told whether 16 divides it."""
+    for name in chosen:
+        tried(theirs(name, *inputs(shared, name, shape[0], shared.heads, shape[1])))
 
 
 def measured(
-    shared: Setting, chosen: list[str], shapes: tuple[tuple[int, int], ...], lengths: list[int], fla: bool
-) -> tuple[dict[Any, dict[str, Any]], list[dict[str, Any]]]:
-    """First calls, and all rows."""
-    # What noisy neighbours would choose must not be kept: fla chooses again in this process, alone.
-    os.environ["FLA_CACHE_RESULTS"] = "0"
+    shared: Setting, folder: str, chosen: list[str], shapes: tuple[tuple[int, int], ...], lengths: list[int],
+    alone: dict[Any, dict[str, Any]], fla: bool,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """All rows."""
     made: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        alone = first_calls(shared, folder, chosen, shapes, fla)
-        for name in chosen:
-            for B, T in shapes:
-                print(f"{name} B{B} T{T}", flush=True)
-                made += compare(shared, name, B, T, folder, alone, fla)
-        for name in chosen:
-            made += [length(shared, name, T, store(folder, "ours", name, *shapes[1])) for T in lengths]
-    return alone, made
+    # What fla's autotuner found on another day is not kept either.
+    os.environ["FLA_CACHE_RESULTS"] = "0"
+    for name in chosen:
+        for B, T in shapes:
+            print(f"{name} B{B} T{T}", flush=True)
+            made += compare(shared, name, B, T, folder, alone, fla)
+    for name in chosen:
+        made += [length(shared, name, T, store(folder, "ours", name, *shapes[1])) for T in lengths]
+    return made
 
 
 def version(name: str) -> str | None:
@@ -201,9 +230,9 @@ def theirs(name: str, given: dict[str, Tensor], dout: Tensor) -> Side:
 SIDES = {"ours": ours, "fla": theirs}
 
 
-def store(folder: str, side: str, name: str, B: int, T: int) -> str:
-    """The Triton cache of a first call."""
-    return str(Path(folder, f"{side} {name} {B} {T}".replace(" ", "-")))
+def store(folder: str, *job: str | int) -> str:
+    """The Triton cache of one of our first calls, or of all that is fla's."""
+    return str(Path(folder, "-".join(map(str, job)).replace(" ", "-")))
 
 
 @contextmanager
@@ -221,30 +250,22 @@ def compiled(folder: str) -> Iterator[None]:
 
 
 def first_calls(
-    shared: Setting, folder: str, chosen: list[str], shapes: tuple[tuple[int, int], ...], fla: bool
-) -> dict[tuple[str, str, int, int], dict[str, Any]]:
-    """Seconds of first calls, and errors at the odd length, by side, mechanism, rows and tokens of a row.
-
-    fla's are those of the first shape; they run after ours, so that there is memory for all of them.
-    """
-    waves = [[("ours", name, B, T) for B, T in (*shapes, (1, shared.odd)) for name in chosen]]
-    if fla:
-        waves.append([("fla", name, *shapes[0]) for name in chosen])
+    shared: Setting, folder: str, chosen: list[str], shapes: tuple[tuple[int, int], ...]
+) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Seconds of our first calls, and errors at the odd length, by mechanism, rows and tokens of a row."""
+    jobs = [(name, B, T) for B, T in (*shapes, (1, shared.odd)) for name in chosen]
+    print(f"{len(jobs)} first calls", flush=True)
     spawn = multiprocessing.get_context("spawn")
-    found: dict[tuple[str, str, int, int], dict[str, Any]] = {}
-    for wave in waves:
-        print(f"{len(wave)} first calls of {wave[0][0]}", flush=True)
-        workers = min(len(wave), os.cpu_count() or 1)
-        with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
-            made = [pool.submit(first_call, shared, *job, store(folder, *job)) for job in wave]
-            found |= {job: future.result() for job, future in zip(wave, made, strict=True)}
-    return found
+    workers = min(len(jobs), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, mp_context=spawn, max_tasks_per_child=1) as pool:
+        made = [pool.submit(first_call, shared, *job, store(folder, "ours", *job)) for job in jobs]
+        return {job: future.result() for job, future in zip(jobs, made, strict=True)}
 
 
-def first_call(shared: Setting, side: str, name: str, B: int, T: int, folder: str) -> dict[str, Any]:
+def first_call(shared: Setting, name: str, B: int, T: int, folder: str) -> dict[str, Any]:
     """What a fresh process needs for forward and backward, compilation included; errors if T is the odd length."""
     given, dout = inputs(shared, name, B, 2 if shared.odd == T else shared.heads, T)
-    made = SIDES[side](name, given, dout)
+    made = ours(name, given, dout)
     with compiled(folder):
         began = time.perf_counter()
         out, gradients, says = tried(made)
@@ -298,13 +319,11 @@ def compare(
     """
     given, dout = inputs(shared, name, B, shared.heads, T)
     sides = {side: SIDES[side](name, given, dout) for side in (("ours", "fla") if fla else ("ours",))}
-    odd = alone["ours", name, 1, shared.odd]
+    odd = alone[name, 1, shared.odd]
     wrong: dict[str, dict[str, float]] = {"ours, odd length": odd["errors"]}
     says: dict[str, str] = {}
     for key, side in sides.items():
-        # fla's first calls were those of the first shape, which it may compile again.
-        first = store(folder, key, name, B, T)
-        with compiled(first):
+        with compiled(store(folder, "ours", name, B, T) if key == "ours" else store(folder, "fla")):
             out, gradients, says[key] = tried(side)
         wrong[key] = errors(name, given, dout, side, out, gradients, heads=1)
         del out, gradients
@@ -314,11 +333,8 @@ def compare(
     told = {
         "mechanism": name, "shape": f"B{B} T{T}", "error": max(wrong["ours"].values()),
         "fla error": max(wrong.get("fla", {}).values(), default=""), "errors": wrong,
+        "first s": alone[name, B, T]["seconds"],
     }  # fmt: skip
-    told |= {
-        key: alone.get((side, name, B, T), {}).get("seconds", "")
-        for key, side in (("first s", "ours"), ("fla first s", "fla"))
-    }
     if refused:
         return [row(told | {"phase": phase, "says": refused}) for phase in ("forward", "backward")]
     phases = {
