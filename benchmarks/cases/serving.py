@@ -35,6 +35,7 @@ SHAPES = {
         "num_key_value_heads": 2, "vocab_size": 128,
     },
 }  # fmt: skip
+RECIPES = ("dense", "duo", "int4", "duo + int4")
 WARM = 8  # tokens left out: buffers grow, kernels compile, a graph is recorded
 
 
@@ -57,7 +58,14 @@ class Clock(StoppingCriteria):
 
 
 def run(
-    tiny: int = 0, length: int = 0, new: int = 36, shape: int = -1, part: int = -1, graphs: int = -1
+    tiny: int = 0,
+    length: int = 0,
+    new: int = 36,
+    shape: int = -1,
+    part: str = "",
+    graphs: int = -1,
+    batch: int = 1,
+    chunk: int = 0,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """A row for every shape, length, recipe, and for steps replayed as graphs or not.
 
@@ -66,17 +74,21 @@ def run(
         length: tokens of the prompt; 0: 32,768 and 131,072.
         new: tokens generated.
         shape: which of `SHAPES`; -1: the first two.
-        part: which recipe; -1: all.
+        part: which recipes, commas between them; none: all.
         graphs: 1: with graphs, 0: without, -1: both.
+        batch: rows of a request.
+        chunk: tokens of the prompt at a time; 0: all.
 
     Raises:
-        RegardError: there is no GPU and `tiny` is 0, or fewer new tokens than are left out.
+        RegardError: no such recipe, there is no GPU and `tiny` is 0, or fewer new tokens than are left out.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not tiny:
         raise RegardError("this needs a GPU; tiny=1 runs the smallest shape anywhere")
     if new < WARM + 2:
         raise RegardError(f"new must be at least {WARM + 2}, got {new}")
+    if unknown := [one for one in part.split(",") if part and one not in RECIPES]:
+        raise RegardError(f"no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
     names = ["tiny"] if tiny else list(SHAPES)[:2] if shape < 0 else [list(SHAPES)[shape]]
     lengths = (length or 300,) if tiny else (length,) if length else (32_768, 131_072)
     told = facts.machine(SimpleNamespace(device=device)) | {"new": new, "left out": WARM, "shapes": SHAPES}
@@ -85,9 +97,10 @@ def run(
         model = made(name, max(lengths) + new, device)
         chosen = recipes(model, "tiny" if tiny else "")
         for tokens in lengths:
-            some = list(chosen.items()) if part < 0 else [list(chosen.items())[part]]
+            asked = part.split(",") if part else RECIPES
             ways = (False, True) if graphs < 0 else (bool(graphs),)
-            rows += [measured(model, name, tokens, new, *one, way) for one in some for way in ways]
+            size = {"tokens": tokens, "new": new, "batch": batch, "chunk": chunk or None}
+            rows += [measured(model, name, one, chosen[one], way, **size) for one in asked for way in ways]
         del model
     for row in rows:
         same = [
@@ -119,16 +132,26 @@ def recipes(model: LlamaForCausalLM, small: str) -> dict[str, Recipe]:
     gates = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=drawn)
     sizes = {"sink": 8, "recent": 32} if small else {}
     duo, int4 = place("duo", gates=gates, sparsity=0.5, **sizes), place("saw_int4")
-    return {"dense": Recipe([]), "duo": Recipe([duo]), "int4": Recipe([int4]), "duo + int4": Recipe([duo, int4])}
+    made = (Recipe([]), Recipe([duo]), Recipe([int4]), Recipe([duo, int4]))
+    return dict(zip(RECIPES, made, strict=True))
 
 
 def measured(
-    model: LlamaForCausalLM, name: str, tokens: int, new: int, label: str, recipe: Recipe, graphs: bool
+    model: LlamaForCausalLM,
+    name: str,
+    label: str,
+    recipe: Recipe,
+    graphs: bool,
+    *,
+    tokens: int,
+    new: int,
+    batch: int,
+    chunk: int | None,
 ) -> dict[str, Any]:
     """One request of one row; `explain` says what became of its single tokens."""
     device = model.device
     drawn = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (1, tokens), generator=drawn).to(device)
+    ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=drawn).to(device)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -137,6 +160,7 @@ def measured(
     call = {
         "attention_mask": torch.ones_like(ids), "max_new_tokens": new, "min_new_tokens": new, "do_sample": False,
         "stopping_criteria": StoppingCriteriaList([clock]), "return_dict_in_generate": True, "pad_token_id": 0,
+        "prefill_chunk_size": chunk,
     }  # fmt: skip
     if label == "dense" and not graphs:
         out, told = model.generate(ids, **call), "the model alone"
@@ -148,17 +172,18 @@ def measured(
     step = spread(steps)
     return {
         "model": name,
+        "rows": batch,
         "tokens": tokens,
         "recipe": label,
         "graphs": graphs,
         "prefill s": clock.times[0] - began,
-        "tokens a second": 1 / step.median,
+        "tokens a second": batch / step.median,
         "step ms": step.median * 1e3,
         "step mad": step.mad * 1e3,
         "cache MiB": held / 2**20,
         "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else float("nan"),
         "prefill peak MiB": clock.prefill / 2**20,
         "weights MiB": sum(p.nbytes for p in model.parameters()) / 2**20,
-        "explain": told,
+        "explain": told.splitlines(),
         "steps": steps,
     }

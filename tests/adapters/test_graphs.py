@@ -50,7 +50,7 @@ def traced(monkeypatch):
     """Replays on a CPU; the codes' look at their numbers, which only a CPU takes, is left out."""
     monkeypatch.setattr("regard.kernels.graphs.refuses", lambda device: None)
     monkeypatch.setattr(graphs, "Replay", Traced)
-    monkeypatch.setattr(graphs, "own_stream", lambda device: nullcontext(nullcontext()))
+    monkeypatch.setattr(graphs, "own_stream", lambda device, kept: nullcontext(nullcontext()))
     monkeypatch.setattr(saw_int4, "math", SimpleNamespace(isfinite=lambda number: True))
 
 

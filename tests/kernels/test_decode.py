@@ -201,7 +201,9 @@ def test_some_heads_of_a_layer():
     out, lse = (torch.full_like(x, torch.nan, dtype=torch.float32, device=DEVICE) for x in expected)
     for heads in ([3, 0], [1, 2]):
         part = Part(torch.tensor(heads, device=DEVICE), 2, out, lse)
-        kernel.decode(*(x.to(DEVICE) for x in (q, k[:, heads], v[:, heads])), scale=32**-0.5, workers=3, part_of=part)
+        kernel.decode(
+            *(x.to(DEVICE).float() for x in (q, k[:, heads], v[:, heads])), scale=32**-0.5, workers=3, part_of=part
+        )
     for found, x in zip((out, lse), expected, strict=True):
         close(found, x, 1e-5)
 

@@ -186,7 +186,7 @@ class FixedSteps:
             if replay.graph is not None:
                 hidden = replay(*inputs)
             else:
-                with own_stream(step.device) as apart, apart:
+                with own_stream(step.device, kept=True) as apart, apart:
                     hidden = replay(*inputs)
         finally:
             out, self._out = self._out, None
