@@ -3,7 +3,7 @@
 Where a kernel is first called, Triton's autotuner compiles all of its configurations in turn: minutes, if a package has
 hundreds. Here one process a core walks through the same calls, launches none of these kernels, and compiles its share
 of their configurations into a cache that all of them have. Whoever measures with that cache afterwards finds binaries,
-and its autotuner still times every configuration by itself.
+and its autotuner still times every configuration by itself, if need be for less long.
 """
 
 import itertools
@@ -46,6 +46,22 @@ def side_by_side(walk: Callable[..., None], *arguments: Any, folder: str, second
         shares = [job.result() for job in jobs]
     sums = {name: sum(getattr(share, name) for share in shares) for name in ("compiled", "late", "refused")}
     return {"met": max(share.met for share in shares)} | sums | {"seconds": time.time() - began}
+
+
+@contextmanager
+def briefly(milliseconds: int) -> Iterator[None]:
+    """Inside, an autotuner times each configuration for so long (Triton's own choice is 100 ms)."""
+    from triton.runtime.autotuner import Autotuner
+    from triton.testing import do_bench
+
+    def timed(call: Callable[[], Any], quantiles: tuple[float, ...]) -> Any:
+        return do_bench(call, warmup=milliseconds // 4, rep=milliseconds, quantiles=quantiles)
+
+    saved, Autotuner.do_bench = Autotuner.do_bench, property(lambda tuner: timed)
+    try:
+        yield
+    finally:
+        Autotuner.do_bench = saved
 
 
 def _work(

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ahead import side_by_side
+from ahead import briefly, side_by_side
 from regard.core.errors import RegardError
 from regard.kernels.states.scan import scan
 from regard.measure.seconds import spread
@@ -44,6 +44,8 @@ BANDWIDTH = 4.27e12
 UNITS = {"head": (4, 7), "token": (4, 7), "channel": (5, 9)}
 # What bfloat16 may err by, in the norm; gradients of decays are differences of large sums.
 MOST, MOST_DECAY = 0.03, 0.05
+# Milliseconds for which fla's autotuner times a configuration: there are some 700 of them.
+TUNED = 20
 COLUMNS = (
     "mechanism", "shape", "phase", "ours ms", "mad", "fla ms", "fla mad", "fla / ours", "over forward", "floor ms",
     "share of floor", "first s", "error", "fla error", "ns a token", "bytes a token", "says",
@@ -141,6 +143,7 @@ def run(
         alone = first_calls(shared, folder, chosen, shapes)
         told["first calls"] = {" ".join(map(str, key)): value for key, value in alone.items()}
         if fla:
+            told["ms a configuration of fla"] = TUNED
             told["compiled ahead"] = prepared(shared, folder, chosen, (min(rows, 16), shapes[0][1]), patience)
         return told, measured(shared, folder, chosen, shapes, lengths if long else [], alone, bool(fla))
 
@@ -323,7 +326,8 @@ def compare(
     wrong: dict[str, dict[str, float]] = {"ours, odd length": odd["errors"]}
     says: dict[str, str] = {}
     for key, side in sides.items():
-        with compiled(store(folder, "ours", name, B, T) if key == "ours" else store(folder, "fla")):
+        cache = store(folder, "ours", name, B, T) if key == "ours" else store(folder, "fla")
+        with compiled(cache), briefly(TUNED):
             out, gradients, says[key] = tried(side)
         wrong[key] = errors(name, given, dout, side, out, gradients, heads=1)
         del out, gradients
