@@ -274,7 +274,7 @@ def first_call(shared: Setting, name: str, B: int, T: int, folder: str) -> dict[
         out, gradients, says = tried(made)
         told = {"seconds": time.perf_counter() - began, "says": says}
     if shared.odd == T:
-        told["errors"] = errors(name, given, dout, made, out, gradients)
+        told["errors"] = errors(name, exact(name, given, dout), made, out, gradients)
     return told
 
 
@@ -290,25 +290,30 @@ def tried(side: Side) -> tuple[Tensor | None, dict[str, Tensor], str]:
         return out, {}, f"{type(error).__name__}: {error}"
 
 
+def part(x: Tensor, heads: int | None) -> Tensor:
+    """All, or `heads` heads of the first row."""
+    return (x[:heads] if x.dim() == 1 else x[:1, :heads]) if heads else x
+
+
+def exact(name: str, given: dict[str, Tensor], dout: Tensor, heads: int | None = None) -> dict[str, Tensor]:
+    """Output and gradients in float64, of all or of `heads` heads of the first row."""
+    leaves = {key: part(x, heads).double().requires_grad_(learned(x)) for key, x in given.items()}
+    out = chunked(**leaves, delta=KINDS[name][1], scale=dout.shape[-1] ** -0.5)[0]
+    wanted = {key: x for key, x in leaves.items() if x.requires_grad}
+    slopes = torch.autograd.grad(out, [*wanted.values()], part(dout, heads).double())
+    return {"out": out.detach()} | dict(zip(wanted, slopes, strict=True))
+
+
 def errors(
-    name: str, given: dict[str, Tensor], dout: Tensor, side: Side, out: Tensor | None, gradients: dict[str, Tensor],
+    name: str, known: dict[str, Tensor], side: Side, out: Tensor | None, gradients: dict[str, Tensor],
     heads: int | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Relative error, in the norm, of output and gradients: all, or `heads` heads of the first row."""
-
-    def part(x: Tensor) -> Tensor:
-        return (x[:heads] if x.dim() == 1 else x[:1, :heads]) if heads else x
-
-    exact = {key: part(x).double().requires_grad_(learned(x)) for key, x in given.items()}
-    expected = chunked(**exact, delta=KINDS[name][1], scale=dout.shape[-1] ** -0.5)[0]
-    wanted = {key: x for key, x in exact.items() if x.requires_grad}
-    slopes = torch.autograd.grad(expected, [*wanted.values()], part(dout).double())
-    known = {"out": expected.detach()} | dict(zip(wanted, slopes, strict=True))
+    """Relative error, in the norm, of output and gradients against `exact`."""
     gate = KINDS[name][4]
     found = {"decay" if side.turned and key == gate else key: x for key, x in gradients.items()}
     if out is not None:
         found["out"] = out
-    straight = {key: part(x.transpose(1, 2) if side.turned else x).double() for key, x in found.items()}
+    straight = {key: part(x.transpose(1, 2) if side.turned else x, heads).double() for key, x in found.items()}
     return {key: ((x - known[key]).norm() / known[key].norm()).item() for key, x in straight.items()}
 
 
@@ -325,11 +330,12 @@ def compare(
     odd = alone[name, 1, shared.odd]
     wrong: dict[str, dict[str, float]] = {"ours, odd length": odd["errors"]}
     says: dict[str, str] = {}
+    known = exact(name, given, dout, heads=1)
     for key, side in sides.items():
         cache = store(folder, "ours", name, B, T) if key == "ours" else store(folder, "fla")
         with compiled(cache), briefly(TUNED):
             out, gradients, says[key] = tried(side)
-        wrong[key] = errors(name, given, dout, side, out, gradients, heads=1)
+        wrong[key] = errors(name, known, side, out, gradients, heads=1)
         del out, gradients
     if failed := odd["says"] or says["ours"]:
         raise RegardError(f"{name} B{B} T{T}: {failed}")

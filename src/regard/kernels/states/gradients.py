@@ -30,21 +30,34 @@ def ends(x, y, z, DECAY: tl.constexpr):
 
 
 @triton.jit
-def inside(of_out, beta, x, WIDE, chunk, head, heads, rows, scale, DECAY: tl.constexpr, BLOCKS: tl.constexpr):
+def entries(
+    X, chunk, head, heads, row, column,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
+):  # fmt: skip
+    """`[BLOCK, STEP]` of the state of a chunk, from a row and a column on; X `[chunks, heads, DIM, COLUMNS]`."""
+    if BULK:
+        return X.load([chunk, head, row, column]).reshape((BLOCK, STEP))
+    else:
+        corner = (chunk * heads + head).to(tl.int64) * DIM * COLUMNS
+        rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, STEP)
+        return tl.load(X + corner + rows[:, None] * COLUMNS + columns[None, :])
+
+
+@triton.jit
+def inside(of_out, beta, x, wide, rows, scale, DECAY: tl.constexpr):
     """What tokens make of themselves `[C, 1]`, and the weights of earlier ones `[C, C]`; 0 in wide chunks."""
     alone = (tl.sum(tl.where(rows[:, None] == rows[None, :], of_out, 0.0), 1) * (beta * scale))[:, None]
     near = weighted(tl.where(rows[:, None] > rows[None, :], beta[None, :], 0.0), x, DECAY)
-    if DECAY == 3:  # noqa: SIM102
-        if is_wide(WIDE, chunk, head, heads, BLOCKS):  # (Triton has no lazy `and`)
-            alone, near = tl.zeros_like(alone), tl.zeros_like(near)
+    if DECAY == 3:
+        alone, near = tl.where(wide, 0.0, alone), tl.where(wide, 0.0, near)
     return alone, near
 
 
 @triton.jit
 def over_values(
-    DOUT, DVALUE, ERROR, STATES, LATER, sd, su, corner, batch, head, token, rows, ok,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEARNED: tl.constexpr,
-    BULK: tl.constexpr, PRECISION: tl.constexpr,
+    DOUT, DVALUE, ERROR, STATES, LATER, sd, su, batch, head, heads, token, chunk, rows, ok, skipped,
+    DIM: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    LEARNED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dout x^T`, `dv x^T` `[C, C]`, `dout S^T`, `dv S^T`, `x S'^T` `[C, BLOCK]` and `sum S S'` `[BLOCK]` over values.
 
@@ -58,7 +71,8 @@ def over_values(
         dout = fetch(DOUT, sd, batch, head, token, rows, columns, column, ok, 1, BULK)
         dvalue = fetch(DVALUE, su, batch, head, token, rows, columns, column, ok, 1, BULK)
         error = fetch(ERROR, su, batch, head, token, rows, columns, column, ok, 1, BULK)
-        state, later = tl.load(STATES + corner + columns[None, :]), tl.load(LATER + corner + columns[None, :])
+        state = entries(STATES, chunk, head, heads, skipped, column, DIM, COLUMNS, BLOCK, STEP, BULK)
+        later = entries(LATER, chunk, head, heads, skipped, column, DIM, COLUMNS, BLOCK, STEP, BULK)
         of_out += dot(dout, tl.trans(error), PRECISION)
         of_value += dot(dvalue, tl.trans(error), PRECISION)
         dq += dot(dout, tl.trans(state), PRECISION)
@@ -94,15 +108,16 @@ def chunk_gradients(
     ok, slope = rows < end - token, rate(G, head) if DECAY == 1 else 0.0
     x, y, z = shares(G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, dims, DIM, GROUP_G, DECAY,
                      False)  # fmt: skip
-    corner = (chunk * heads + head).to(tl.int64) * DIM * COLUMNS + dims[:, None] * COLUMNS
+    # What comes one by one is loaded first, so that nothing waits for it later.
+    beta = strengths(BETA, sw, batch, head, token, rows, ok)
+    wide = is_wide(WIDE, chunk, head, heads, BLOCKS) if DECAY == 3 else False
     of_out, of_value, dq, dquery, dk, met = over_values(
-        DOUT, DVALUE, ERROR, STATES, LATER, sd, su, corner, batch, head, token, rows, ok,
-        COLUMNS, STEP, BLOCK, CHUNK, DG is not None, BULK, PRECISION,
+        DOUT, DVALUE, ERROR, STATES, LATER, sd, su, batch, head, heads, token, chunk, rows, ok, skipped,
+        DIM, COLUMNS, STEP, BLOCK, CHUNK, DG is not None, BULK, PRECISION,
     )  # fmt: skip
     # One gradient after the other: together they fill the registers.
     k = fetch(K, sk, batch, head, token, rows, dims, skipped, ok, GROUP, BULK)
-    beta = strengths(BETA, sw, batch, head, token, rows, ok)
-    alone, near = inside(of_out, beta, x, WIDE, chunk, head, heads, rows, scale, DECAY, BLOCKS)
+    alone, near = inside(of_out, beta, x, wide, rows, scale, DECAY)
     of_out, of_value = (of_out * near * scale).to(k.dtype), (of_value * near).to(k.dtype)
     fall, rise, kept = ends(x, y, z, DECAY)
     dk = dk * rise * (beta * scale)[:, None]

@@ -485,6 +485,8 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
     bulk, (left, right, entry, *made), read = bulked(
         p, (f.left, f.right, f.entry, g.q, g.k), block, (dout, g.v, g.written), step
     )
+    if bulk:
+        states = [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, block, step]) for x in states]
     chunk_gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
         left, right, entry, *read, beta, *states, *made, g.decay, p.decay, f.scaling, f.wide, p.segments.table,
         *strides, p.strides_g, _three(beta), _strides_of_decays(p, g.decay), scale, p.heads,
