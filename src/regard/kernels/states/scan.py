@@ -378,10 +378,10 @@ class _Scan(torch.autograd.Function):
         learned = p.decay is not None and ctx.needs_input_grad[3]
         if beta is None:
             g = _plain(p, f, v, dout, ctx.scale, (begins, first), learned)
+            if learned or p.kind == CHANNEL:
+                _finished(p, (q, k), g, last * dlast if learned and dlast is not None else None)
         else:
             g = _delta(p, f, dout, ctx.scale, (beta, triangle, matrix, error), (begins, first), learned)
-        if beta is None and (learned or p.kind == CHANNEL):
-            _finished(p, (q, k), g, last * dlast if learned and dlast is not None else None)
         if p.kind == CHANNEL:
             _mended(p, f, (q, k), dout, beta, g, ctx.scale)
         dbegin = g.first * ctx.scale if ctx.first else None
