@@ -5,8 +5,7 @@ decays by more than `2^SPAN` in one chunk (`wide`). Then the shares only serve t
 for keys), and `mend` and `mend_gradients` compute products inside the chunk from differences, right for any decay. They
 are kernels of their own because what is rare and slow would otherwise take registers from what is not.
 
-Read backwards the two shares change places, so one pass over the tokens serves a scan and its gradients. A gradient of
-a share becomes that of q or k by the same factor, `restored`.
+Read backwards the two shares change places, so one pass over the tokens serves a scan and its gradients.
 """
 
 import triton
@@ -40,26 +39,6 @@ def centre(total, SPAN: tl.constexpr):
     """`(wide, what queries leave out, what keys leave out)`."""
     wide = tl.min(total, 0) < -SPAN
     return wide, tl.where(wide, 0.0, total * 0.5), tl.where(wide, total, total * 0.5)
-
-
-@triton.jit
-def restored(G, sg, batch, head, token, rows, dims, ok, GROUP_G: tl.constexpr, SPAN: tl.constexpr):
-    """What turns gradients of shares into those of queries and of keys."""
-    H, total = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
-    _, entrance, exit = centre(total, SPAN)
-    return tl.exp2(H - entrance[None, :]), tl.exp2(exit[None, :] - H)
-
-
-@triton.jit
-def summed(own, sums, rows, EXACT: tl.constexpr):
-    """`dg` by token and channel: what comes later in the chunk, and after it."""
-    later = (rows[:, None] <= rows[None, :]).to(tl.float32).to(tl.bfloat16)
-    high = own.to(tl.bfloat16)
-    low = own - high.to(tl.float32)
-    dg = dot(later, high, "tf32") + dot(later, low.to(tl.bfloat16), "tf32") + sums[None, :]
-    if EXACT:
-        dg += dot(later, (low - low.to(tl.bfloat16).to(tl.float32)).to(tl.bfloat16), "tf32")
-    return dg
 
 
 @triton.jit
@@ -159,22 +138,16 @@ def mend(
 
 
 @triton.jit
-def add(spot, value, ok):
-    """Add to rows of a tensor in memory."""
-    tl.store(spot, (tl.load(spot, mask=ok[:, None], other=0.0) + value).to(spot.dtype.element_ty), mask=ok[:, None])
-
-
-@triton.jit
 def mend_gradients(
-    Q, K, G, DOUT, WRITTEN, BETA, DVALUE, DQ, DK, DG, WIDE, SEGMENTS,
-    sq, sk, sg, sd, so, sv, sw, sx, scale, heads, span,
+    Q, K, G, DOUT, WRITTEN, BETA, DVALUE, DQ, DK, DQUERY, WIDE, SEGMENTS,
+    sq, sk, sg, sd, so, sv, sw, scale, heads, span,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_G: tl.constexpr, STRICT: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
+    GROUP_G: tl.constexpr, STRICT: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Products inside the wide chunks among `span`, which gradients lack, added to them: `BLOCK` channels of one head.
+    """Gradients of shares become those of q and k, in place: wide chunks among `span`, `BLOCK` channels of one head.
 
-    BETA: strengths of the delta rule, whose gradients come from DVALUE too; WRITTEN is over them. STRICT: without what
-    a token makes of itself. DG (or None) `[B, heads, T, DIM]`: of decays; these products sum to 0 over the chunk.
+    The products inside the chunk, which the sweeps left out, are added. WRITTEN is written with strength BETA, or 1.
+    DQUERY, DVALUE: the delta rule's (see gradients.py), or None. STRICT: without the token itself, which gates.py adds.
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     piece, head, segment = tl.program_id(0) // BLOCKS, tl.program_id(1), tl.program_id(2)
@@ -186,7 +159,9 @@ def mend_gradients(
         token = start + index * CHUNK
         if is_wide(WIDE, first + index, head, heads, BLOCKS):
             ok = rows < end - token
-            H, _ = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
+            H, total = along_channels(tile(at(G, sg, batch, head, token, GROUP_G), rows, sg[2], dims, ok), rows)
+            _, entrance, exit = centre(total, SPAN)
+            fall, rise = tl.exp2(H - entrance[None, :]), tl.exp2(exit[None, :] - H)
             q = tile(at(Q, sq, batch, head, token, GROUP), rows, sq[2], dims, ok)
             k = tile(at(K, sk, batch, head, token, GROUP), rows, sk[2], dims, ok)
             u = tile(at(WRITTEN, sv, batch, head, token, 1), rows, sv[2], columns, ok)
@@ -195,16 +170,16 @@ def mend_gradients(
             dout = tile(at(DOUT, sd, batch, head, token, 1), rows, sd[2], columns, ok)
             P = dot(dout, tl.trans(u), PRECISION) * scale
             P = tl.where((rows[:, None] > rows[None, :]) | ((rows[:, None] == rows[None, :]) & (not STRICT)), P, 0.0)
-            dq, dk = gather(q, k, P, H, rows, False, CHUNK), gather(q, k, P, H, rows, True, CHUNK)
-            own = q * dq - k * dk
-            if BETA is not None:
+            spot = at(DQ, so, batch, head, token, 1) + here
+            dq = tl.load(spot, mask=ok[:, None], other=0.0) * fall + gather(q, k, P, H, rows, False, CHUNK)
+            tl.store(spot, dq.to(DQ.dtype.element_ty), mask=ok[:, None])
+            spot = at(DK, so, batch, head, token, 1) + here
+            dk = tl.load(spot, mask=ok[:, None], other=0.0) * rise + gather(q, k, P, H, rows, True, CHUNK)
+            if DQUERY is not None:
                 dvalue = tile(at(DVALUE, sv, batch, head, token, 1), rows, sv[2], columns, ok)
                 P = tl.where(rows[:, None] > rows[None, :], -dot(dvalue, tl.trans(u), PRECISION), 0.0)
-                as_query, as_key = gather(k, k, P, H, rows, False, CHUNK), gather(k, k, P, H, rows, True, CHUNK)
-                own += k * (as_query - as_key)
-                dk += as_query + as_key
-            add(at(DQ, so, batch, head, token, 1) + here, dq, ok)
-            add(at(DK, so, batch, head, token, 1) + here, dk, ok)
-            if DG is not None:
-                spot = at(DG, sx, batch, head, token, 1) + rows[:, None] * sx[2] + dims[None, :]
-                add(spot, summed(own, tl.zeros((BLOCK,), tl.float32), rows, EXACT), ok)
+                dk += gather(k, k, P, H, rows, True, CHUNK)
+                of_query = at(DQUERY, so, batch, head, token, 1) + here
+                more = tl.load(of_query, mask=ok[:, None], other=0.0) * fall + gather(k, k, P, H, rows, False, CHUNK)
+                tl.store(of_query, more.to(DQUERY.dtype.element_ty), mask=ok[:, None])
+            tl.store(spot, dk.to(DK.dtype.element_ty), mask=ok[:, None])

@@ -8,13 +8,12 @@ chunks contribute. With u what was written and dv the gradient of v, one pass gi
            - dv_j S^T - sum_{i < j} (dv_j . u_i) w_ji k_i
 
 The last line is what k gets as a query of the correction. Decays get `sum S dS` at the end of the chunk and what its
-own tokens add (see gates.py), where what a token makes of itself cancels and is left out.
+own tokens add (see gates.py).
 """
 
 import triton
 import triton.language as tl
 
-from regard.kernels.states.factor import restored, summed
 from regard.kernels.states.sweep import at, dot, fetch, is_wide, put, rate, segment_of, shares, strengths, weighted
 
 
@@ -30,34 +29,10 @@ def ends(x, y, z, DECAY: tl.constexpr):
 
 
 @triton.jit
-def entries(
-    X, chunk, head, heads, row, column,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
-):  # fmt: skip
-    """`[BLOCK, STEP]` of the state of a chunk, from a row and a column on; X `[chunks, heads, DIM, COLUMNS]`."""
-    if BULK:
-        return X.load([chunk, head, row, column]).reshape((BLOCK, STEP))
-    else:
-        corner = (chunk * heads + head).to(tl.int64) * DIM * COLUMNS
-        rows, columns = row + tl.arange(0, BLOCK), column + tl.arange(0, STEP)
-        return tl.load(X + corner + rows[:, None] * COLUMNS + columns[None, :])
-
-
-@triton.jit
-def inside(of_out, beta, x, wide, rows, scale, DECAY: tl.constexpr):
-    """What tokens make of themselves `[C, 1]`, and the weights of earlier ones `[C, C]`; 0 in wide chunks."""
-    alone = (tl.sum(tl.where(rows[:, None] == rows[None, :], of_out, 0.0), 1) * (beta * scale))[:, None]
-    near = weighted(tl.where(rows[:, None] > rows[None, :], beta[None, :], 0.0), x, DECAY)
-    if DECAY == 3:
-        alone, near = tl.where(wide, 0.0, alone), tl.where(wide, 0.0, near)
-    return alone, near
-
-
-@triton.jit
 def over_values(
-    DOUT, DVALUE, ERROR, STATES, LATER, sd, su, batch, head, heads, token, chunk, rows, ok, skipped,
-    DIM: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    LEARNED: tl.constexpr, BULK: tl.constexpr, PRECISION: tl.constexpr,
+    DOUT, DVALUE, ERROR, STATES, LATER, sd, su, corner, batch, head, token, rows, ok,
+    COLUMNS: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, LEARNED: tl.constexpr,
+    BULK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """`dout x^T`, `dv x^T` `[C, C]`, `dout S^T`, `dv S^T`, `x S'^T` `[C, BLOCK]` and `sum S S'` `[BLOCK]` over values.
 
@@ -71,8 +46,7 @@ def over_values(
         dout = fetch(DOUT, sd, batch, head, token, rows, columns, column, ok, 1, BULK)
         dvalue = fetch(DVALUE, su, batch, head, token, rows, columns, column, ok, 1, BULK)
         error = fetch(ERROR, su, batch, head, token, rows, columns, column, ok, 1, BULK)
-        state = entries(STATES, chunk, head, heads, skipped, column, DIM, COLUMNS, BLOCK, STEP, BULK)
-        later = entries(LATER, chunk, head, heads, skipped, column, DIM, COLUMNS, BLOCK, STEP, BULK)
+        state, later = tl.load(STATES + corner + columns[None, :]), tl.load(LATER + corner + columns[None, :])
         of_out += dot(dout, tl.trans(error), PRECISION)
         of_value += dot(dvalue, tl.trans(error), PRECISION)
         dq += dot(dout, tl.trans(state), PRECISION)
@@ -85,17 +59,17 @@ def over_values(
 
 @triton.jit
 def chunk_gradients(
-    Q, K, ENTRY, DOUT, DVALUE, ERROR, BETA, STATES, LATER, DQ, DK, DG, G, FACTORS, WIDE, SEGMENTS,
-    sq, sk, se, sd, su, so, sg, sw, sx, scale, heads,
+    Q, K, ENTRY, DOUT, DVALUE, ERROR, BETA, STATES, LATER, DQ, DK, DQUERY, SELF, KNOWN, DG, G, FACTORS, WIDE, SEGMENTS,
+    sq, sk, se, sd, su, so, sg, sw, sx, ss, scale, heads,
     DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, CHUNK: tl.constexpr,
-    GROUP: tl.constexpr, GROUP_G: tl.constexpr, DECAY: tl.constexpr, SPAN: tl.constexpr, EXACT: tl.constexpr,
+    GROUP: tl.constexpr, GROUP_G: tl.constexpr, DECAY: tl.constexpr, EVERY: tl.constexpr, EXACT: tl.constexpr,
     BULK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one head, `BLOCK` of its channels; values are read `STEP` columns at a time.
 
-    ERROR: u over BETA. STATES, LATER `[chunks, heads, DIM, COLUMNS]`: S and S'. DG (or None): by token and channel, or
-    parts `[DIM / BLOCK, B, heads, T]`. With decay by channel, Q, K and ENTRY are shares, and the products inside wide
-    chunks are left out (see factor.py).
+    ERROR: u over BETA. STATES, LATER `[chunks, heads, DIM, COLUMNS]`: S and S'. DG `[DIM / BLOCK, B, heads, T]`: parts.
+    With decay by channel, Q, K and ENTRY are shares (see factor.py), whose gradients gates.py finishes: it needs SELF,
+    DQUERY, the last line above, and at anchors KNOWN (None: decays learn nothing).
     """
     PRECISION: tl.constexpr = "tf32x3" if EXACT else "tf32"
     index, head, segment = tl.program_id(0) // (DIM // BLOCK), tl.program_id(1), tl.program_id(2)
@@ -108,40 +82,39 @@ def chunk_gradients(
     ok, slope = rows < end - token, rate(G, head) if DECAY == 1 else 0.0
     x, y, z = shares(G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, dims, DIM, GROUP_G, DECAY,
                      False)  # fmt: skip
-    # What comes one by one is loaded first, so that nothing waits for it later.
-    beta = strengths(BETA, sw, batch, head, token, rows, ok)
-    wide = is_wide(WIDE, chunk, head, heads, BLOCKS) if DECAY == 3 else False
+    corner = (chunk * heads + head).to(tl.int64) * DIM * COLUMNS + dims[:, None] * COLUMNS
     of_out, of_value, dq, dquery, dk, met = over_values(
-        DOUT, DVALUE, ERROR, STATES, LATER, sd, su, batch, head, heads, token, chunk, rows, ok, skipped,
-        DIM, COLUMNS, STEP, BLOCK, CHUNK, DG is not None, BULK, PRECISION,
+        DOUT, DVALUE, ERROR, STATES, LATER, sd, su, corner, batch, head, token, rows, ok,
+        COLUMNS, STEP, BLOCK, CHUNK, DG is not None or KNOWN is not None, BULK, PRECISION,
     )  # fmt: skip
     # One gradient after the other: together they fill the registers.
     k = fetch(K, sk, batch, head, token, rows, dims, skipped, ok, GROUP, BULK)
-    alone, near = inside(of_out, beta, x, wide, rows, scale, DECAY)
+    beta = strengths(BETA, sw, batch, head, token, rows, ok)
+    alone = tl.sum(tl.where(rows[:, None] == rows[None, :], of_out, 0.0), 1) * (beta * scale)
+    near = weighted(tl.where(rows[:, None] > rows[None, :], beta[None, :], 0.0), x, DECAY)
+    if DECAY == 3:
+        near = tl.where(is_wide(WIDE, chunk, head, heads, BLOCKS), 0.0, near)
     of_out, of_value = (of_out * near * scale).to(k.dtype), (of_value * near).to(k.dtype)
     fall, rise, kept = ends(x, y, z, DECAY)
-    dk = dk * rise * (beta * scale)[:, None]
-    met = met * kept * scale + tl.sum(dk * k, 0)
-    q = fetch(Q, sq, batch, head, token, rows, dims, skipped, ok, GROUP, BULK)
-    dk += dot(tl.trans(of_out), q, PRECISION)
     dq = dq * fall * scale + dot(of_out, k, PRECISION)
-    if DECAY != 3:
-        own = tl.sum(q * dq, 1)
-        put(DQ, so, batch, head, token, rows, dims, skipped, ok, dq + alone * k, BULK)
+    q = fetch(Q, sq, batch, head, token, rows, dims, skipped, ok, GROUP, BULK)
+    own = tl.sum(q * dq, 1)
+    put(DQ, so, batch, head, token, rows, dims, skipped, ok, dq if DECAY == 3 else dq + alone[:, None] * k, BULK)
     dquery = -dquery * fall - dot(of_value, k, PRECISION)
+    own += tl.sum(k * dquery, 1)
+    dk = dk * rise * (beta * scale)[:, None]
+    met, dk = met * kept * scale + tl.sum(dk * k, 0), dk + dot(tl.trans(of_out), q, PRECISION)
     if DECAY == 3:
+        tl.store(at(SELF, ss, batch, head, token, 1) + rows * ss[2], alone, mask=ok & (block == 0))
+        put(DQUERY, so, batch, head, token, rows, dims, skipped, ok, dquery, BULK)
+        if KNOWN is not None:
+            spot = KNOWN + ((chunk // EVERY + 1) * heads + head).to(tl.int64) * DIM + dims
+            tl.store(spot, met, mask=(dims >= 0) & (chunk % EVERY == EVERY - 1))
         entry = fetch(ENTRY, se, batch, head, token, rows, dims, skipped, ok, 1, BULK)
-        dk -= dot(tl.trans(of_value), entry, PRECISION)
-        if DG is not None:
-            dg = summed(q * dq - k * dk + entry * dquery, met, rows, EXACT)
-            put(DG, sx, batch, head, token, rows, dims, skipped, ok, dg, False)
-        fall, rise = restored(G, sg, batch, head, token, rows, dims, ok, GROUP_G, SPAN)
-        put(DQ, so, batch, head, token, rows, dims, skipped, ok, (dq + alone * k) * fall, BULK)
-        put(DK, so, batch, head, token, rows, dims, skipped, ok, (dk + alone * q) * rise + dquery * fall, BULK)
+        put(DK, so, batch, head, token, rows, dims, skipped, ok, dk - dot(tl.trans(of_value), entry, PRECISION), BULK)
     else:
-        own += tl.sum(k * dquery, 1)
         dk -= dot(tl.trans(of_value), k, PRECISION)
         if DG is not None:
             dg = tl.cumsum(own - tl.sum(k * dk, 1), 0, reverse=True) + tl.sum(met, 0)
             tl.store(at(DG + block.to(tl.int64) * sx[3], sx, batch, head, token, 1) + rows, dg, mask=ok)
-        put(DK, so, batch, head, token, rows, dims, skipped, ok, dk + dquery + alone * q, BULK)
+        put(DK, so, batch, head, token, rows, dims, skipped, ok, dk + dquery + alone[:, None] * q, BULK)

@@ -378,14 +378,14 @@ class _Scan(torch.autograd.Function):
         learned = p.decay is not None and ctx.needs_input_grad[3]
         if beta is None:
             g = _plain(p, f, v, dout, ctx.scale, (begins, first), learned)
-            if learned or p.kind == CHANNEL:
-                _finished(p, (q, k), g, last * dlast if learned and dlast is not None else None)
         else:
             g = _delta(p, f, dout, ctx.scale, (beta, triangle, matrix, error), (begins, first), learned)
         if p.kind == CHANNEL:
             _mended(p, f, (q, k), dout, beta, g, ctx.scale)
+        final = last * dlast if learned and dlast is not None else None
+        ddecay = _decays(p, f, (q, k), g, final)
         dbegin = g.first * ctx.scale if ctx.first else None
-        return _grouped(g.q, q), _grouped(g.k, k), g.v, _decays(p, g.decay), g.beta, dbegin, None, None
+        return _grouped(g.q, q), _grouped(g.k, k), g.v, ddecay, g.beta, dbegin, None, None
 
 
 @dataclass
@@ -394,7 +394,7 @@ class Gradients:
 
     `written`: the values written; over beta under the delta rule. `alone` `[B, H, T]`: what a token makes of itself,
     missing in `q` and `k` where it is given. `known`: what decays have summed to from each anchor on (see gates.py).
-    `decay`: by token and channel, or in parts to be added.
+    `query`: what the delta rule adds to `k` as to a query, where gates.py has to know. `decay`: in parts to be added.
     """
 
     q: Tensor
@@ -402,8 +402,9 @@ class Gradients:
     v: Tensor
     written: Tensor
     first: Tensor | None
+    known: Tensor | None
+    query: Tensor | None = None
     beta: Tensor | None = None
-    known: Tensor | None = None
     alone: Tensor | None = None
     decay: Tensor | None = None
 
@@ -429,7 +430,7 @@ def _plain(p, f, v, dout, scale, states, learned) -> Gradients:
     run(p, f, f.left, dout, a=f.right, out=dv, scale=scale, reverse=True, begin=ends, end=end)
     run(p, f, dout, f.left, a=v, out=dk, reverse=True, begin=_turn(ends), meet=known, **sides)
     known = None if known is None else known.mul_(scale)
-    return Gradients(dq, dk, dv, v, end if last is None else last, known=known, alone=alone)
+    return Gradients(dq, dk, dv, v, end if last is None else last, known, alone=alone)
 
 
 def _anchors(p: Problem) -> tuple[Tensor, Tensor, Tensor]:
@@ -447,7 +448,8 @@ def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
     beta, triangle, matrix, error = taught
     begins, first = states
     dv = torch.empty_like(error)
-    dbeta = torch.empty(p.launch(p.dim, p.columns)[1][0], *beta.shape, dtype=torch.float32, device=p.device)
+    sizes = {"dtype": torch.float32, "device": p.device}
+    dbeta = torch.empty(p.launch(p.dim, p.columns)[1][0], *beta.shape, **sizes)
     local = None if matrix is None else lambda end: back(p, f, dout, scale, (beta, triangle), None, end, None)
     ends, last = carried(p, f, f.left, dout, first, matrix, True, local)
     end = p.states(p.dim, p.columns) if last is None else None
@@ -456,25 +458,19 @@ def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
     )
     back(p, f, dout, scale, (beta, triangle), ends, end, (error, dv, dbeta, later))
     run(p, f, f.right, error, begin=begins, anchors=before, every=1, rule=(beta, None, None))
-    dq, dk, block = p.like(p.dim, dout), p.like(p.dim, dout), min(p.dim, 64)
-    g = Gradients(dq, dk, dv, error, end if last is None else last, dbeta.sum(0).to(beta.dtype))
-    g.decay = _of_decays(p, p.dim // block) if learned else None
+    g = Gradients(
+        p.like(p.dim, dout), p.like(p.dim, dout), dv, error, end if last is None else last, None,
+        beta=dbeta.sum(0).to(beta.dtype),
+    )  # fmt: skip
+    block = min(p.dim, 64)
+    if p.kind == CHANNEL:
+        g.query, g.alone = p.like(p.dim, dout), torch.empty(beta.shape, **sizes)
+        # One behind the last anchor, where the last chunk writes too.
+        g.known = torch.empty(p.segments.chunks // EVERY + 1, p.heads, p.dim, **sizes) if learned else None
+    elif learned:
+        g.decay = torch.empty(p.dim // block, *beta.shape, **sizes)
     _keys_and_queries(p, f, dout, (before, later), beta, g, scale, block)
     return g
-
-
-def _of_decays(p: Problem, parts: int) -> Tensor:
-    """Memory for gradients of decays: by token and channel, or `[parts, B, H, T]`."""
-    shape = (p.batch, p.heads, p.tokens)
-    if p.kind == CHANNEL:
-        dtype = torch.float32 if p.decay is None or p.group_g > 1 else p.decay.dtype
-        return torch.empty(*shape, p.dim, dtype=dtype, device=p.device)
-    return torch.empty(parts, *shape, dtype=torch.float32, device=p.device)
-
-
-def _strides_of_decays(p: Problem, x: Tensor | None) -> tuple[int, ...]:
-    """By row, head, token, and channel or part."""
-    return _four(x) if x is None or p.kind == CHANNEL else (*x.stride()[1:], x.stride(0))
 
 
 def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> None:
@@ -483,15 +479,16 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
     strides = [_three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
     group = p.heads // f.left.shape[1]
     bulk, (left, right, entry, *made), read = bulked(
-        p, (f.left, f.right, f.entry, g.q, g.k), block, (dout, g.v, g.written), step
+        p, (f.left, f.right, f.entry, g.q, g.k, g.query), block, (dout, g.v, g.written), step
     )
-    if bulk:
-        states = [TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, block, step]) for x in states]
+    of_decay = (0, 0, 0, 0) if g.decay is None else (*g.decay.stride()[1:], g.decay.stride(0))
+    # A third stage was timed, and found right, for these sizes alone.
+    timed = bulk and p.dim == p.columns == 128 and not p.settings["EXACT"]
     chunk_gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
-        left, right, entry, *read, beta, *states, *made, g.decay, p.decay, f.scaling, f.wide, p.segments.table,
-        *strides, p.strides_g, _three(beta), _strides_of_decays(p, g.decay), scale, p.heads,
-        DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, SPAN=p.span,
-        BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=2 if p.settings["EXACT"] else 3,
+        left, right, entry, *read, beta, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
+        p.segments.table, *strides, p.strides_g, _three(beta), of_decay, _three(g.alone), scale, p.heads,
+        DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
+        BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=3 if timed else 2,
     )  # fmt: skip
 
 
@@ -499,35 +496,47 @@ def _mended(p, f, qk, dout, beta, g: Gradients, scale) -> None:
     """Launch `mend_gradients`."""
     q, k = qk
     mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
-        q, k, p.decay, dout, g.written, beta, g.v, g.q, g.k, g.decay, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), _three(beta),
-        _strides_of_decays(p, g.decay), scale, p.heads, LOOK,
+        q, k, p.decay, dout, g.written, beta, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
+        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), _three(beta), scale,
+        p.heads, LOOK,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, STRICT=g.alone is not None,
-        BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
+        SPAN=p.span, BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
     )  # fmt: skip
 
 
-def _finished(p, qk, g: Gradients, final) -> None:
-    """Launch `gates`: gradients of shares become those of q and k, and decays get theirs where they learn."""
-    q, k = qk
+def _decays(p, f, qk, g: Gradients, final) -> Tensor | None:
+    """The gradient of the decays (None: not wanted); the gradients of q and k are finished on the way, in place."""
     channels = p.kind == CHANNEL
-    blocks = p.blocks if channels else max(1, p.dim // 128)
-    g.decay = None if g.known is None else _of_decays(p, blocks)
-    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
-        q, g.q, k, g.k, g.alone, p.decay, g.decay, g.known, None if final is None else final.sum(-1), p.whole.table,
-        _three(q), _three(k), _three(g.q), p.strides_g, _strides_of_decays(p, g.decay), _three(g.alone), p.heads,
-        DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, **p.settings,
-        num_warps=4 if channels else 8, num_stages=1,
-    )  # fmt: skip
-
-
-def _decays(p, parts: Tensor | None) -> Tensor | None:
-    """The gradient of the decays as they were given, from that by token and channel or its parts."""
-    if parts is None:
+    ddecay = g.decay
+    if g.known is not None or channels:
+        ddecay = _gates(p, f, qk, g, final)
+    if ddecay is None:
         return None
-    ddecay = parts if p.kind == CHANNEL else parts.sum(0)
+    if not channels:
+        ddecay = ddecay.sum(0)
     if p.kind == HEAD:
         ddecay = ddecay.sum((0, 2))
     elif p.group_g > 1:
         ddecay = ddecay.unflatten(1, (-1, p.group_g)).sum(2)
     return ddecay.to(p.decay.dtype)
+
+
+def _gates(p, f, qk, g: Gradients, final) -> Tensor | None:
+    """Launch `gates`: the gradient of the decays, in parts unless by channel; those of q and k are finished."""
+    q, k = qk
+    channels = p.kind == CHANNEL
+    blocks = p.blocks if channels else max(1, p.dim // 128)
+    ddecay = None
+    if g.known is not None:
+        shape = (p.batch, p.heads, p.tokens)
+        dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
+        ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
+    strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
+    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
+        q, g.q, k, g.k, g.alone, g.query, p.decay, ddecay, f.wide, g.known,
+        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
+        strides, _three(g.alone), p.heads,
+        DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
+        **p.settings, num_warps=4 if channels else 8, num_stages=1,
+    )  # fmt: skip
+    return ddecay
