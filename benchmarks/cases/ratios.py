@@ -1,7 +1,8 @@
 """Layers of every mixer for each layer of softmax attention (arXiv 2507.06457): recall, and loss on text.
 
-Recall is MQAR at a width at which a state is too small for all pairs. The text is the language reference that every
-CPython carries, byte by byte; its last tenth is measured on.
+Recall is MQAR at a width at which a state is too small for all pairs. Below the layers that are counted lies a gated
+short convolution, as in `mqar`: without one no model left chance. The text is the language reference that every CPython
+carries, byte by byte; its last tenth is measured on.
 """
 
 from types import SimpleNamespace
@@ -13,33 +14,38 @@ from regard.layers import mixers
 from regard.models import layouts
 from regard.search import facts
 from regard.train.settings import Settings
-from sweep import Job, over_seeds, sweep
+from sweep import Job, over_seeds, picked, slowest_first, sweep
 
 # Layers of the mixer for one of softmax attention; None: no softmax at all.
 RATIOS = {"pure": None, "7:1": 7, "3:1": 3, "1:1": 1}
+# Of the models that recall. With one head, a mixer whose decays are one number a head has one decay.
+HEADS = 2
 
 
 def run(
     layers: int = 8,
+    only: str = "",
+    ratios: str = "",
     recall_width: int = 64,
     text_width: int = 128,
     length: int = 256,
     pairs: int = 64,
-    vocabulary: int = 512,
-    recall_steps: int = 800,
+    vocabulary: int = 8192,
+    recall_steps: int = 2000,
     text_steps: int = 250,
     batch: int = 64,
     seeds: int = 1,
     seconds: int = 240,
-    workers: int = 12,
-    part: int = 0,
-    parts: int = 1,
+    workers: int = 7,
+    lanes: int = 2,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Accuracy and loss (nats a byte) of every mixer at every ratio, and of softmax attention alone.
 
     Args:
         layers: of every model; ratios that leave no softmax layer are left out.
-        recall_width: channels of the models that recall, in one head.
+        only: mixers, with commas between; empty: all. Softmax attention alone is in each run.
+        ratios: of `RATIOS`, with commas between; empty: all.
+        recall_width: channels of the models that recall, in two heads.
         text_width: channels of the models that read text, in heads of 64; with MLPs.
         length: tokens of a row, of both.
         pairs: of MQAR.
@@ -50,13 +56,13 @@ def run(
         seeds: runs of each.
         seconds: no run begins after that, none goes on.
         workers: processes side by side; 0: one run after the other in this one.
-        part: which part of the mixers, from 0; softmax attention is in each.
-        parts: into how many parts the mixers are dealt.
+        lanes: runs of each process, side by side too.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = [name for name in mixers.names() if name != layouts.SOFTMAX][part::parts]
+    chosen = slowest_first(picked("mixer", only, [name for name in mixers.names() if name != layouts.SOFTMAX]))
     made = {(layouts.SOFTMAX, "0:1"): [layouts.SOFTMAX] * layers}
-    for name, ratio in RATIOS.items():
+    for name in picked("ratio", ratios, RATIOS):
+        ratio = RATIOS[name]
         if ratio is None or ratio < layers:
             made |= {(mixer, name): layouts.ratio(mixer, ratio, layers=layers, recall=False) for mixer in chosen}
     shared = {"length": length, "batch": batch, "floor": 0.1, "held_out": 128, "bf16": device == "cuda"}
@@ -74,7 +80,7 @@ def run(
                 words = {"text": "the language reference", "steps": text_steps, "rate": 2e-3, "evaluate": text_steps}
                 settings = Settings(seed=seed, **words, **shared)
                 jobs.append(Job(called | {"what": "text"}, reading(layout, text_width), settings, device))
-    runs = sweep("ratios", jobs, workers, seconds)
+    runs = sweep("ratios", jobs, workers, seconds, lanes=lanes)
     told = facts.machine(SimpleNamespace(device=torch.device(device))) | shared | {"layers": layers, "workers": workers}
     told |= {"recall width": recall_width, "pairs": pairs, "vocabulary": vocabulary, "recall steps": recall_steps}
     told |= {"text width": text_width, "text steps": text_steps, "seeds": seeds, "left out": len(jobs) - len(runs)}
@@ -82,13 +88,10 @@ def run(
 
 
 def recalling(layout: list[str], width: int) -> dict[str, Any]:
-    """A model without MLPs and with one head; softmax layers alone are told positions."""
-    alone = set(layout) == {layouts.SOFTMAX}
+    """A model without MLPs, over a gated short convolution; no layer is told positions."""
     return {
-        "hidden_size": width, "mixers": layout, "num_attention_heads": 1, "mlp": "none", "norm": "layer",
-        # Attention alone learned nothing with the usual 0.02 at this width; recurrences did, and hybrids.
-        "initializer_range": width**-0.5 if alone else 0.02,
-        "positions": "learned" if alone else "none",
+        "hidden_size": width, "mixers": ["base_conv", *layout], "num_attention_heads": HEADS, "mlp": "none",
+        "norm": "layer", "positions": "none",
         "mixer_options": {"softmax": {"rope": False}} if layouts.SOFTMAX in layout else None,
     }  # fmt: skip
 
