@@ -198,9 +198,9 @@ def numbers(written: int | str) -> list[int]:
     return [int(word) for word in str(written).split(",")]
 
 
-def slowest_first(names: Sequence[str]) -> list[str]:
-    """KDA, whose steps take longest, before all other mixers: it is not left to the end."""
-    return sorted(names, key=lambda name: name != "kda")
+def slowest_first(jobs: Sequence[Job]) -> list[Job]:
+    """Runs of KDA, whose steps take longest, before all others: they are not left to the end."""
+    return sorted(jobs, key=lambda job: job.called["mixer"] != "kda")
 
 
 def over_seeds(name: str, values: Sequence[float]) -> dict[str, float | str]:

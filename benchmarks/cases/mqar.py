@@ -64,7 +64,7 @@ def run(
         only: mixers, with commas between; empty: all.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = slowest_first(picked("mixer", only, mixers.names()))
+    chosen = picked("mixer", only, mixers.names())
     firsts = BELOW[below - 1 : below] if below else BELOW
     # The longest runs begin first, so that no long one is left at the end.
     jobs = [
@@ -80,9 +80,16 @@ def run(
         if mixer != first
     ]  # fmt: skip
 
-    runs = sweep("mqar", jobs, workers, seconds, functools.partial(another, tries), lanes)
-    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": list(chosen), "workers": workers}
-    told |= {"tries": tries, "steps": steps, "batch": batch, "vocabulary": vocabulary, "bf16": device == "cuda"}
+    runs = sweep("mqar", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": chosen, "workers": workers}
+    told |= {
+        "lanes": lanes,
+        "tries": tries,
+        "steps": steps,
+        "batch": batch,
+        "vocabulary": vocabulary,
+        "bf16": device == "cuda",
+    }
     return told | {"left out": len(jobs) - len(cells(runs))}, table(runs)
 
 

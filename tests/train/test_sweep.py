@@ -50,10 +50,9 @@ def test_what_a_mixer_stands_on(monkeypatch):
     assert found["softmax", "itself"] == shared + 2 * attention + 16 * 16
 
 
-def test_every_ratio(monkeypatch):
-    monkeypatch.setattr(ratios.mixers, "names", lambda: ("softmax", "tnl"))
-    words = {"layers": 4, "recall_width": 8, "text_width": 8, "length": 16, "pairs": 2, "vocabulary": 32} | TINY
-    _, rows = ratios.run(recall_steps=1, text_steps=1, seeds=2, **words)
+def test_every_ratio():
+    words = {"only": "tnl", "layers": 4, "recall_width": 8, "text_width": 8, "length": 16, "vocabulary": 32} | TINY
+    _, rows = ratios.run(recall_steps=1, text_steps=1, pairs=2, seeds=2, **words)
     found = [(row["mixer"], row["ratio"], row["softmax layers"]) for row in rows]
     assert found == [("softmax", "0:1", 4), ("tnl", "pure", 0), ("tnl", "3:1", 1), ("tnl", "1:1", 2)]
     for row in rows:
@@ -61,8 +60,11 @@ def test_every_ratio(monkeypatch):
         assert row["text loss"] == pytest.approx(sum(losses) / 2)
         assert row["text loss spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
         assert row["text loss spread"] > 0
-    _, rows = ratios.run(only="tnl", ratios="1:1,pure", recall_steps=0, text_steps=1, **words)
+        recalled = [(one["rate"], one["ended"]) for one in row["runs"] if one["what"] == "recall"]
+        assert recalled == [(3e-3, "steps")] * 2 + [(1e-2, "steps")] * 2
+    _, rows = ratios.run(ratios="1:1,pure", recall_steps=0, text_steps=1, **words)
     assert [(row["mixer"], row["ratio"]) for row in rows] == [("softmax", "0:1"), ("tnl", "1:1"), ("tnl", "pure")]
+    assert ratios.best([{"seed": 0, "accuracy": 0.5}, {"seed": 0, "accuracy": 0.2}]) == [{"seed": 0, "accuracy": 0.5}]
     with pytest.raises(RegardError, match=r"unknown ratio '2:1'; known: 1:1, 3:1, 7:1, pure"):
         ratios.run(ratios="pure,2:1", **words)
 
