@@ -82,14 +82,8 @@ def run(
 
     runs = sweep("mqar", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
     told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": chosen, "workers": workers}
-    told |= {
-        "lanes": lanes,
-        "tries": tries,
-        "steps": steps,
-        "batch": batch,
-        "vocabulary": vocabulary,
-        "bf16": device == "cuda",
-    }
+    told |= {"lanes": lanes, "tries": tries, "steps": steps, "batch": batch, "vocabulary": vocabulary}
+    told |= {"bf16": device == "cuda"}
     return told | {"left out": len(jobs) - len(cells(runs))}, table(runs)
 
 

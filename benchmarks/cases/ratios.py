@@ -6,6 +6,7 @@ carries, byte by byte; its last tenth is measured on.
 """
 
 import functools
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -65,35 +66,49 @@ def run(
         lanes: runs of each process, side by side too.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    made = asked(only, ratios, layers)
+    shared = {"length": length, "batch": batch, "floor": 0.1, "held_out": 128, "bf16": device == "cuda"}
+    task = {"pairs": pairs, "vocabulary": vocabulary}
+    jobs = []
+    for seed, ((mixer, ratio), layout) in itertools.product(range(seeds), made.items()):
+        cell = {"mixer": mixer, "ratio": ratio}
+        if recall_steps:
+            model = recalling(layout, recall_width, recall_heads)
+            settings = of_recall(recall_steps, task, seed=seed, **shared)
+            jobs.append(Job(cell | {"what": "recall"}, model, settings, device))
+        if text_steps:
+            settings = of_text(text_steps, seed=seed, **shared)
+            jobs.append(Job(cell | {"what": "text"}, reading(layout, text_width), settings, device))
+    runs = sweep("ratios", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | shared | {"layers": layers, "workers": workers}
+    told |= task | {"recall width": recall_width, "recall heads": recall_heads, "recall steps": recall_steps}
+    told |= {"tries": tries, "text width": text_width, "text steps": text_steps, "seeds": seeds, "lanes": lanes}
+    begun = [one for one in runs if one["what"] == "text" or one["rate"] == RATES[0]]
+    return told | {"left out": len(jobs) - len(begun)}, table(runs, made)
+
+
+def asked(only: str, ratios: str, layers: int) -> dict[tuple[str, str], list[str]]:
+    """The layout of every mixer and ratio that is asked for, and of softmax attention alone."""
     chosen = picked("mixer", only, [name for name in mixers.names() if name != layouts.SOFTMAX])
     made = {(layouts.SOFTMAX, "0:1"): [layouts.SOFTMAX] * layers}
     for name in picked("ratio", ratios, RATIOS):
         ratio = RATIOS[name]
         if ratio is None or ratio < layers:
             made |= {(mixer, name): layouts.ratio(mixer, ratio, layers=layers, recall=False) for mixer in chosen}
-    shared = {"length": length, "batch": batch, "floor": 0.1, "held_out": 128, "bf16": device == "cuda"}
-    jobs = []
-    for seed in range(seeds):
-        for (mixer, ratio), layout in made.items():
-            called = {"mixer": mixer, "ratio": ratio}
-            if recall_steps:
-                task = {"task": "mqar", "task_settings": {"pairs": pairs, "vocabulary": vocabulary}}
-                evaluate = max(1, min(100, recall_steps // 2))
-                words = {"steps": recall_steps, "rate": RATES[0], "target": 0.99, "evaluate": evaluate, "warmup": 0.1}
-                settings = Settings(seed=seed, **task, **words, **shared)
-                model = recalling(layout, recall_width, recall_heads)
-                jobs.append(Job(called | {"what": "recall"}, model, settings, device))
-            if text_steps:
-                words = {"text": "the language reference", "steps": text_steps, "rate": 2e-3, "evaluate": text_steps}
-                settings = Settings(seed=seed, **words, **shared)
-                jobs.append(Job(called | {"what": "text"}, reading(layout, text_width), settings, device))
-    runs = sweep("ratios", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
-    told = facts.machine(SimpleNamespace(device=torch.device(device))) | shared | {"layers": layers, "workers": workers}
-    told |= {"recall width": recall_width, "recall heads": recall_heads, "pairs": pairs, "vocabulary": vocabulary}
-    told |= {"recall steps": recall_steps, "tries": tries, "text width": text_width, "text steps": text_steps}
-    begun = [one for one in runs if one["what"] == "text" or one["rate"] == RATES[0]]
-    told |= {"seeds": seeds, "lanes": lanes, "left out": len(jobs) - len(begun)}
-    return told, table(runs, made)
+    return made
+
+
+def of_recall(steps: int, task: dict[str, int], **shared: Any) -> Settings:
+    """How recall is learned first."""
+    return Settings(
+        task="mqar", task_settings=task, steps=steps, rate=RATES[0], target=0.99, evaluate=max(1, min(100, steps // 2)),
+        warmup=0.1, **shared,
+    )  # fmt: skip
+
+
+def of_text(steps: int, **shared: Any) -> Settings:
+    """How text is learned."""
+    return Settings(text="the language reference", steps=steps, rate=2e-3, evaluate=steps, **shared)
 
 
 def another(tries: int, tried: Job, figures: dict[str, Any]) -> Job | None:
