@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from regard.core.errors import RegardError
+from regard.core.errors import RegardError, choose
 from regard.measure.tasks.task import build
 from regard.models import pretrained
 from regard.models.hybrid import HybridConfig, HybridForCausalLM
@@ -181,6 +181,26 @@ def _lead(asked: Any, told: Any, lanes: int) -> None:
                 del under_way[number]
                 torch.cuda.empty_cache()  # the other processes need it
                 told.put((number, last.pop(number)))
+
+
+def picked(kind: str, written: str, known: Iterable[str]) -> list[str]:
+    """What `written` names of `known`, with commas between; nothing: all of it.
+
+    Raises:
+        RegardError: a name that is not known.
+    """
+    known = list(known)
+    return [choose(kind, name, known) for name in written.split(",")] if written else known
+
+
+def numbers(written: int | str) -> list[int]:
+    """Whole numbers with commas between."""
+    return [int(word) for word in str(written).split(",")]
+
+
+def slowest_first(jobs: Sequence[Job]) -> list[Job]:
+    """Runs of KDA, whose steps take longest, before all others: they are not left to the end."""
+    return sorted(jobs, key=lambda job: job.called["mixer"] != "kda")
 
 
 def over_seeds(name: str, values: Sequence[float]) -> dict[str, float | str]:

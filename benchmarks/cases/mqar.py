@@ -18,20 +18,21 @@ import torch
 from regard.layers import mixers
 from regard.search import facts
 from regard.train.settings import Settings
-from sweep import Job, over_seeds, sweep
+from sweep import Job, numbers, over_seeds, picked, slowest_first, sweep
 
 # The sweep: learning rate, and standard deviation of the first weights (None: 1 / sqrt(width)).
 TRIES = ((3e-3, 0.02), (1e-2, 0.02), (3e-3, None))
 SOLVED = 0.99
-# Of one head of each mixer.
-HEAD = 64
+# Channels of a head, and the fewest heads: with one, a mixer whose decays are one number a head has one decay. That of
+# Gated DeltaNet began by forgetting within a token, with the seed that learned nothing at width 64.
+HEAD, HEADS = 64, 2
 # What the first layer is.
 BELOW = ("base_conv", "itself")
 
 
 def run(
-    width: int = 0,
-    length: int = 0,
+    widths: int | str = "64,128,256",
+    lengths: int | str = "256,512",
     below: int = 1,
     pairs: int = 0,
     tries: int = 2,
@@ -42,17 +43,17 @@ def run(
     seconds: int = 460,
     workers: int = 12,
     lanes: int = 1,
-    part: int = 0,
-    parts: int = 1,
+    only: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Accuracy of every mixer, the best of the sweep, by seed.
 
     Args:
-        width: one width; 0: 64, 128 and 256.
-        length: one length; 0: 256 and 512.
+        widths: with commas between.
+        lengths: with commas between.
         below: the first layer: 1 a gated short convolution, 2 the mixer itself; 0: both.
         pairs: of a row; 0: an eighth of its length.
-        tries: how many of `TRIES` are made, as long as 99 % is not reached; softmax alone begins with the last.
+        tries: how many of `TRIES` are made, as long as 99 % is not reached; softmax alone begins with the last, HGRN-2,
+            which learns nothing with the first, with the second.
         seeds: runs of each.
         steps: optimiser steps at most.
         batch: rows of a step.
@@ -60,13 +61,10 @@ def run(
         seconds: no run begins after that, none goes on.
         workers: processes side by side; 0: one run after the other in this one.
         lanes: runs of each process, side by side too.
-        part: which part of the mixers, from 0.
-        parts: into how many parts the mixers are dealt.
+        only: mixers, with commas between; empty: all.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = mixers.names()[part::parts]
-    lengths = (length,) if length else (256, 512)
-    widths = (width,) if width else (64, 128, 256)
+    chosen = picked("mixer", only, mixers.names())
     firsts = BELOW[below - 1 : below] if below else BELOW
     # The longest runs begin first, so that no long one is left at the end.
     jobs = [
@@ -75,16 +73,17 @@ def run(
             steps=steps, batch=batch, vocabulary=vocabulary,
         )
         for first in firsts
-        for tokens in sorted(lengths, reverse=True)
-        for channels in sorted(widths, reverse=True)
+        for tokens in sorted(numbers(lengths), reverse=True)
+        for channels in sorted(numbers(widths), reverse=True)
         for seed in range(seeds)
         for mixer in chosen
         if mixer != first
     ]  # fmt: skip
 
-    runs = sweep("mqar", jobs, workers, seconds, functools.partial(another, tries), lanes)
-    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": list(chosen), "workers": workers}
-    told |= {"tries": tries, "steps": steps, "batch": batch, "vocabulary": vocabulary, "bf16": device == "cuda"}
+    runs = sweep("mqar", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": chosen, "workers": workers}
+    told |= {"lanes": lanes, "tries": tries, "steps": steps, "batch": batch, "vocabulary": vocabulary}
+    told |= {"bf16": device == "cuda"}
     return told | {"left out": len(jobs) - len(cells(runs))}, table(runs)
 
 
@@ -104,7 +103,7 @@ def job(
     """The first run of a cell."""
     layers = [mixer if below == "itself" else below, mixer]
     model = {
-        "hidden_size": width, "mixers": layers, "num_attention_heads": max(1, width // HEAD), "mlp": "none",
+        "hidden_size": width, "mixers": layers, "num_attention_heads": max(HEADS, width // HEAD), "mlp": "none",
         "norm": "layer", "positions": "learned" if set(layers) == {"softmax"} else "none",
         "mixer_options": {"softmax": {"rope": False}} if mixer == "softmax" else None,
     }  # fmt: skip
@@ -129,7 +128,8 @@ def another(tries: int, tried: Job, figures: dict[str, Any]) -> Job | None:
 def sweep_of(called: dict[str, Any]) -> list[tuple[float, float | None]]:
     """What is tried, in order."""
     alone = (called["mixer"], called["below"]) == ("softmax", "itself")
-    return [*TRIES[2:], *TRIES[:2]] if alone else list(TRIES)
+    first = 2 if alone else 1 if called["mixer"] == "hgrn2" else 0
+    return [*TRIES[first:], *TRIES[:first]]
 
 
 def tuned(job: Job, rate: float, init: float | None) -> Job:

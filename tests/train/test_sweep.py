@@ -10,7 +10,7 @@ from cases import mqar, ratios, train_step
 from regard.core.errors import RegardError
 from regard.train.settings import Settings
 
-TINY = {"length": 16, "batch": 2, "seconds": 600, "workers": 0}
+TINY = {"batch": 2, "seconds": 600, "workers": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def job(**changes):
 
 def test_the_best_rate_of_every_mixer(monkeypatch):
     monkeypatch.setattr(mqar.mixers, "names", lambda: ("delta_net", "softmax", "tnl"))
-    facts, rows = mqar.run(width=16, below=2, tries=3, steps=2, vocabulary=32, part=1, parts=2, **TINY)
+    facts, rows = mqar.run(widths=16, lengths=16, below=2, tries=3, steps=2, vocabulary=32, only="softmax", **TINY)
     assert facts["mixers"] == ["softmax"]
     assert facts["left out"] == 0
     (row,) = rows
@@ -40,7 +40,7 @@ def test_the_best_rate_of_every_mixer(monkeypatch):
 
 def test_what_a_mixer_stands_on(monkeypatch):
     monkeypatch.setattr(mqar.mixers, "names", lambda: ("base_conv", "softmax"))
-    _, rows = mqar.run(width=16, below=0, tries=1, steps=1, vocabulary=32, **TINY)
+    _, rows = mqar.run(widths=16, lengths=16, below=0, tries=1, steps=1, vocabulary=32, **TINY)
     found = {(row["mixer"], row["below"]): row["runs"][0]["parameters"] for row in rows}
     assert sorted(found) == [("base_conv", "itself"), ("softmax", "base_conv"), ("softmax", "itself")]
     # Embeddings of 32 tokens, 2 LayerNorms and a last one, and what the layers themselves have.
@@ -50,11 +50,9 @@ def test_what_a_mixer_stands_on(monkeypatch):
     assert found["softmax", "itself"] == shared + 2 * attention + 16 * 16
 
 
-def test_every_ratio(monkeypatch):
-    monkeypatch.setattr(ratios.mixers, "names", lambda: ("softmax", "tnl"))
-    _, rows = ratios.run(
-        layers=4, recall_width=8, text_width=8, pairs=2, vocabulary=32, recall_steps=1, text_steps=1, seeds=2, **TINY
-    )
+def test_every_ratio():
+    words = {"only": "tnl", "layers": 4, "recall_width": 8, "text_width": 8, "length": 16, "vocabulary": 32} | TINY
+    _, rows = ratios.run(recall_steps=1, text_steps=1, pairs=2, seeds=2, **words)
     found = [(row["mixer"], row["ratio"], row["softmax layers"]) for row in rows]
     assert found == [("softmax", "0:1", 4), ("tnl", "pure", 0), ("tnl", "3:1", 1), ("tnl", "1:1", 2)]
     for row in rows:
@@ -62,6 +60,13 @@ def test_every_ratio(monkeypatch):
         assert row["text loss"] == pytest.approx(sum(losses) / 2)
         assert row["text loss spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2)
         assert row["text loss spread"] > 0
+        recalled = [(one["rate"], one["ended"]) for one in row["runs"] if one["what"] == "recall"]
+        assert recalled == [(3e-3, "steps")] * 2 + [(1e-2, "steps")] * 2
+    _, rows = ratios.run(ratios="1:1,pure", recall_steps=0, text_steps=1, **words)
+    assert [(row["mixer"], row["ratio"]) for row in rows] == [("softmax", "0:1"), ("tnl", "1:1"), ("tnl", "pure")]
+    assert ratios.best([{"seed": 0, "accuracy": 0.5}, {"seed": 0, "accuracy": 0.2}]) == [{"seed": 0, "accuracy": 0.5}]
+    with pytest.raises(RegardError, match=r"unknown ratio '2:1'; known: 1:1, 3:1, 7:1, pure"):
+        ratios.run(ratios="pure,2:1", **words)
 
 
 def test_both_ways_of_taking_steps(monkeypatch):
