@@ -58,6 +58,26 @@ def test_any_number_of_workers(workers):
     check(*made(0, 2, 2, 1, 1, 300, 64), workers=workers, lengths=torch.tensor([300, 70]))
 
 
+@pytest.mark.parametrize(
+    ("S", "heads", "length", "page"),
+    [
+        (640, 2, None, None),
+        (640, 2, 500, 128),
+        (640, 2, 500, 40),
+        (640, 2, 0, None),
+        (20, 2, None, None),
+        (200, 8, 9, None),
+    ],
+)
+def test_outputs_with_workers_of_their_own(S, heads, length, page):
+    """Several take its tiles in turn, more than there are, or one takes all."""
+    q, k, v = made(11, 1, heads, heads, 1, S, 16)
+    options = {} if length is None else {"lengths": torch.tensor([length])}
+    if page is not None:
+        (k, options["pages"]), (v, _) = scattered(k, page), scattered(v, page)
+    check(q, k, v, **options)
+
+
 @pytest.mark.parametrize(("H", "Hk", "T"), [(2, 2, 1), (4, 1, 3), (3, 1, 7), (16, 1, 4)])
 def test_groups_and_new_tokens(H, Hk, T):
     """Query rows from 1 to 64 a KV head; the last ones see more than the first."""

@@ -2,8 +2,9 @@
 
 All query rows of a KV head (its group of heads, times the new tokens) are the rows of one tile. A worker walks its
 interval of the line of key tiles; where an output ends in it, it writes what it found. A second launch joins the pieces
-of outputs that several workers read. Nothing is read back and no size depends on the lengths, so a CUDA graph may be
-replayed while they grow.
+of outputs that several workers read. Where all outputs are equally long, each has workers of its own, and these take
+its tiles in turn: what is read at one time then lies together in memory. Nothing is read back and no size depends on
+the lengths, so a CUDA graph may be replayed while they grow.
 
 Bytes: all keys and values once. FLOPs: `4 T H S D`, on rows padded to 16: a tenth of the card's at most.
 """
@@ -24,7 +25,7 @@ from regard.kernels.attention import intervals
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 64  # query rows of a KV head: new tokens times the group
 WIDEST = 256
-PIECES = tl.constexpr(32)  # of an output, joined in one go
+PIECES = tl.constexpr(64)  # of an output, joined in one go
 CORES = 132  # of the card that is compiled for where there is none
 
 
@@ -97,12 +98,12 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention as `ops/decode.py` defines it, argument by argument; nothing is checked, ask `refuses` first.
 
-    `workers` programs have an equal share of the tiles each; None: as many as run at once.
+    `workers` programs have an equal share of the tiles each; None: as many as run at once, or a few less.
     """
     B, H, T, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
     chosen = launch(k, v)
-    programs = workers or _cores(k.device) * chosen.programs
+    programs, each = (workers, None) if workers else _shares(B * Hk, lengths is None or B == 1, k.device, chosen)
     group, block_v = H // Hk if part_of is None else part_of.group, power_of_two(Dv)
     if part_of is None:
         out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
@@ -116,7 +117,7 @@ def decode(
     scattered = pages is not None and k.shape[2] % chosen.tile != 0
     _decode[(programs,)](
         q, k, v, out, lse, part, lengths, pages, positions, q_positions, heads,
-        B, Hk, H // group, room, T, scale, softcap, sink, recent,
+        B, Hk, H // group, room, T, each, scale, softcap, sink, recent,
         0 if pages is None else pages.stride(0), *at, 0 if q_positions is None else _strides(q_positions)[0],
         q.stride(), k.stride(), v.stride(),
         GROUP=group, D=D, DV=Dv, BLOCK_D=power_of_two(D), BLOCK_V=block_v, ROWS=max(16, power_of_two(T * group)),
@@ -127,10 +128,21 @@ def decode(
     )  # fmt: skip
     if programs > 1:
         _merge[(B * Hk, T * group)](
-            out, lse, part, lengths, heads, B, Hk, H // group, room, T, programs,
+            out, lse, part, lengths, heads, B, Hk, H // group, room, T, programs, each,
             GROUP=group, DV=Dv, BLOCK_V=block_v, TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def _shares(outputs: int, equal: bool, where: torch.device, chosen: Launch) -> tuple[int, int | None]:
+    """Programs, and how many of them each output has to itself; None: they share a line of all tiles.
+
+    `equal`: whether all outputs have as many keys.
+    """
+    most = _cores(where) * chosen.programs
+    each = most // outputs
+    # Leaving more of the card idle would cost what the order of reading gains.
+    return (each * outputs, each) if equal and 8 * each * outputs >= 7 * most else (most, None)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -149,27 +161,40 @@ def _cores(where: torch.device) -> int:
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What changes from call to call and must not compile anew.
 CHANGING = [
-    "batch", "heads", "total", "room", "T", "sink", "recent", "pages_row", "at_row", "at_head", "at_key", "asked_row",
+    "batch", "heads", "total", "room", "T", "each", "sink", "recent", "pages_row", "at_row", "at_head", "at_key",
+    "asked_row",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _decode(
     Q, K, V, OUT, LSE, PART, LENGTHS, PAGES, POSITIONS, ASKED, NAMED,
-    batch, heads, total, room, T, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row,
+    batch, heads, total, room, T, each, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row,
     sq, sk, sv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """One worker: its interval of the line, output after output."""
+    """One worker: its interval of the line, output after output; or every `each`-th tile of one output."""
     worker, workers = tl.program_id(0), tl.num_programs(0)
-    whole = heads * intervals.before(LENGTHS, batch, room, TILE)
-    place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
+    if each is None:
+        whole = heads * intervals.before(LENGTHS, batch, room, TILE)
+        place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
+    else:
+        place = worker // each * intervals.counted(intervals.keys(LENGTHS, 0, room), TILE)
+        stop = place + 1
     rows, width, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     query, mine, count = rows // GROUP, rows < T * GROUP, T * GROUP
     while place < stop:
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
-        last, held = tl.minimum(tiles, first + stop - place), intervals.keys(LENGTHS, row, room)
+        held = intervals.keys(LENGTHS, row, room)
+        if each is None:
+            last, step = tl.minimum(tiles, first + stop - place), 1
+            alone, ending = last - first == tiles, first == 0
+            place += last - first
+        else:
+            first, last, step = worker % each, tiles, each
+            alone, ending = each == 1, first == 0
+            place = stop
         named = intervals.named(NAMED, head)
         spot = row.to(tl.int64) * sq[0] + (named * GROUP + rows % GROUP) * sq[1] + query * sq[2]
         q = tl.load(Q + spot[:, None] + width[None, :] * sq[3], mask=mine[:, None] & (width < D)[None, :], other=0.0)
@@ -183,15 +208,15 @@ def _decode(
         if PAGE is not None:
             # A tile within a page needs one entry of the table, read while the tile before it is.
             ENTRIES, newest = PAGES + row.to(tl.int64) * pages_row, tl.maximum(held, 1) - 1
-            ahead = tl.load(ENTRIES + first * TILE // PAGE, mask=held > 0, other=0)
-        for tile in range(first, last):
+            ahead = tl.load(ENTRIES + tl.minimum(first * TILE, newest) // PAGE, mask=held > 0, other=0)
+        for tile in range(first, last, step):
             at = tile * TILE + tl.arange(0, TILE)
             inside = at < held
             page, slot = row, at
             if PAGE is not None:
                 page, slot = ahead, at % PAGE
                 if PAGE % TILE == 0:
-                    ahead = tl.load(ENTRIES + tl.minimum((tile + 1) * TILE, newest) // PAGE)
+                    ahead = tl.load(ENTRIES + tl.minimum((tile + step) * TILE, newest) // PAGE)
                 else:
                     page = tl.load(ENTRIES + at // PAGE, mask=inside, other=0)
             k_at = K + page.to(tl.int64) * sk[0] + head * sk[1] + slot.to(tl.int64) * sk[2]
@@ -209,11 +234,10 @@ def _decode(
             peak = top
             v = tl.load(v_at[:, None] + columns[None, :], mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
             acc = acc * old[:, None] + _product(p.to(v.dtype), v)
-        if last - first == tiles:
+        if alone:
             _finish(OUT, LSE, rows, row, named, total, T, peak, mass, acc, GROUP, DV, BLOCK_V)
         else:
-            _keep(PART, workers, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
-        place += last - first
+            _keep(PART, workers, worker * 2 + ending.to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
 
 
 @triton.jit
@@ -243,17 +267,20 @@ def _seen(asked, at, inside, sink, recent, CUT: tl.constexpr):
     return seen
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "total", "room", "T", "workers"])
+@triton.jit(do_not_specialize=["batch", "heads", "total", "room", "T", "workers", "each"])
 def _merge(
-    OUT, LSE, PART, LENGTHS, NAMED, batch, heads, total, room, T, workers,
+    OUT, LSE, PART, LENGTHS, NAMED, batch, heads, total, room, T, workers, each,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One query row of one output, joined from its pieces; outputs that one worker read are written already."""
     row, head, line = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
-    whole = heads * intervals.before(LENGTHS, batch, room, TILE)
-    tiles = intervals.counted(intervals.keys(LENGTHS, row, room), TILE)
-    begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
-    low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
+    if each is None:
+        whole = heads * intervals.before(LENGTHS, batch, room, TILE)
+        tiles = intervals.counted(intervals.keys(LENGTHS, row, room), TILE)
+        begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
+        low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
+    else:
+        low, high = tl.program_id(0) * each, (tl.program_id(0) + 1) * each - 1
     if low < high:
         count, columns = T * GROUP, tl.arange(0, BLOCK_V)
         STATS = PART + workers.to(tl.int64) * 2 * count * DV
