@@ -189,11 +189,10 @@ def _decode(
         held = intervals.keys(LENGTHS, row, room)
         if each is None:
             last, step = tl.minimum(tiles, first + stop - place), 1
-            alone, ending = last - first == tiles, first == 0
+            alone = last - first == tiles
             place += last - first
         else:
-            first, last, step = worker % each, tiles, each
-            alone, ending = each == 1, first == 0
+            first, last, step, alone = worker % each, tiles, each, each == 1
             place = stop
         named = intervals.named(NAMED, head)
         spot = row.to(tl.int64) * sq[0] + (named * GROUP + rows % GROUP) * sq[1] + query * sq[2]
@@ -237,7 +236,7 @@ def _decode(
         if alone:
             _finish(OUT, LSE, rows, row, named, total, T, peak, mass, acc, GROUP, DV, BLOCK_V)
         else:
-            _keep(PART, workers, worker * 2 + ending.to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
+            _keep(PART, workers, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
 
 
 @triton.jit

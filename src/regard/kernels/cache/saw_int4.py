@@ -41,7 +41,8 @@ class Launch(NamedTuple):
     registers: int
 
 
-# By query rows of a KV head, up to. With one warp a program there is nothing to wait for but memory.
+# By query rows of a KV head, up to. With one warp a program there is nothing to wait for but memory. A multiprocessor
+# has four schedulers, and the fullest sets the time: so programs of one warp come in fours.
 LAUNCHES = {
     8: Launch(64, 2, 1, 12, 168),
     16: Launch(32, 3, 1, 8, 255),
