@@ -53,11 +53,6 @@ def launch(k: Tensor, v: Tensor) -> Launch:
     return LAUNCHES[max(power_of_two(size), min(LAUNCHES))]
 
 
-def workers(k: Tensor, v: Tensor) -> int:
-    """Programs that a launch has if nothing else is asked for: as many as run at once."""
-    return _cores(k.device) * launch(k, v).programs
-
-
 def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why `decode` cannot do this call, or None. Shapes are those of `decode` already."""
     if why := device.refuses(q):
