@@ -171,24 +171,13 @@ def _decode(
 ):  # fmt: skip
     """One worker: its interval of the line, output after output; or every `each`-th tile of one output."""
     worker, workers = tl.program_id(0), tl.num_programs(0)
-    if each is None:
-        whole = heads * intervals.before(LENGTHS, batch, room, TILE)
-        place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
-    else:
-        place = worker // each * intervals.counted(intervals.keys(LENGTHS, 0, room), TILE)
-        stop = place + 1
+    place, stop = _interval(LENGTHS, batch, heads, room, each, TILE)
     rows, width, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     query, mine, count = rows // GROUP, rows < T * GROUP, T * GROUP
     while place < stop:
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
         held = intervals.keys(LENGTHS, row, room)
-        if each is None:
-            last, step = tl.minimum(tiles, first + stop - place), 1
-            alone = last - first == tiles
-            place += last - first
-        else:
-            first, last, step, alone = worker % each, tiles, each, each == 1
-            place = stop
+        first, last, step, alone, place = _own(first, tiles, place, stop, each)
         named = intervals.named(NAMED, head)
         spot = row.to(tl.int64) * sq[0] + (named * GROUP + rows % GROUP) * sq[1] + query * sq[2]
         q = tl.load(Q + spot[:, None] + width[None, :] * sq[3], mask=mine[:, None] & (width < D)[None, :], other=0.0)
@@ -232,6 +221,30 @@ def _decode(
             _finish(OUT, LSE, rows, row, named, total, T, peak, mass, acc, GROUP, DV, BLOCK_V)
         else:
             _keep(PART, workers, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
+
+
+@triton.jit
+def _interval(LENGTHS, batch, heads, room, each, TILE: tl.constexpr):
+    """Begin and end of what this worker reads of the line of tiles; with `each`, the first tile of its one output."""
+    worker, workers = tl.program_id(0), tl.num_programs(0)
+    if each is None:
+        whole = heads * intervals.before(LENGTHS, batch, room, TILE)
+        place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
+    else:
+        place = worker // each * intervals.counted(intervals.keys(LENGTHS, 0, room), TILE)
+        stop = place + 1
+    return place, stop
+
+
+@triton.jit
+def _own(first, tiles, place, stop, each):
+    """Of an output's `tiles`: this worker's begin, end and step, whether these are all, and its place afterwards."""
+    if each is None:
+        last = tl.minimum(tiles, first + stop - place)
+        step, alone, place = 1, last - first == tiles, place + last - first
+    else:
+        first, last, step, alone, place = tl.program_id(0) % each, tiles, each, each == 1, stop
+    return first, last, step, alone, place
 
 
 @triton.jit
