@@ -2,9 +2,8 @@
 
 All query rows of a KV head (its group of heads, times the new tokens) are the rows of one tile. A worker walks its
 interval of the line of key tiles; where an output ends in it, it writes what it found. A second launch joins the pieces
-of outputs that several workers read. Where all outputs are equally long, each has workers of its own, and these take
-its tiles in turn: what is read at one time then lies together in memory. Nothing is read back and no size depends on
-the lengths, so a CUDA graph may be replayed while they grow.
+of outputs that several workers read. Nothing is read back and no size depends on the lengths, so a CUDA graph may be
+replayed while they grow.
 
 Bytes: all keys and values once. FLOPs: `4 T H S D`, on rows padded to 16: a tenth of the card's at most.
 """
@@ -98,7 +97,10 @@ def decode(
     B, H, T, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
     chosen = launch(k, v)
-    programs, each = (workers, None) if workers else _shares(B * Hk, lengths is None or B == 1, k.device, chosen)
+    room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
+    programs = workers or _workers(
+        B * Hk * -(-room // chosen.tile), _cores(k.device) * chosen.programs, lengths is None
+    )
     group, block_v = H // Hk if part_of is None else part_of.group, power_of_two(Dv)
     if part_of is None:
         out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
@@ -107,12 +109,11 @@ def decode(
     heads = None if part_of is None else part_of.heads
     # What is left unfinished at either end of a worker's interval, then its peaks and masses.
     part = torch.empty(programs * 2 * T * group * (Dv + 2), dtype=torch.float32, device=q.device)
-    room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     at = (0, 0, 0) if positions is None else _strides(positions if positions.dim() == 3 else positions[:, None])
     scattered = pages is not None and k.shape[2] % chosen.tile != 0
     _decode[(programs,)](
         q, k, v, out, lse, part, lengths, pages, positions, q_positions, heads,
-        B, Hk, H // group, room, T, each, scale, softcap, sink, recent,
+        B, Hk, H // group, room, T, scale, softcap, sink, recent,
         0 if pages is None else pages.stride(0), *at, 0 if q_positions is None else _strides(q_positions)[0],
         q.stride(), k.stride(), v.stride(),
         GROUP=group, D=D, DV=Dv, BLOCK_D=power_of_two(D), BLOCK_V=block_v, ROWS=max(16, power_of_two(T * group)),
@@ -123,21 +124,18 @@ def decode(
     )  # fmt: skip
     if programs > 1:
         _merge[(B * Hk, T * group)](
-            out, lse, part, lengths, heads, B, Hk, H // group, room, T, programs, each,
+            out, lse, part, lengths, heads, B, Hk, H // group, room, T, programs,
             GROUP=group, DV=Dv, BLOCK_V=block_v, TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
 
 
-def _shares(outputs: int, equal: bool, where: torch.device, chosen: Launch) -> tuple[int, int | None]:
-    """Programs, and how many of them each output has to itself; None: they share a line of all tiles.
+def _workers(tiles: int, most: int, known: bool) -> int:
+    """Programs for a line of `tiles`, at most `most`; `known`: none of them can be empty.
 
-    `equal`: whether all outputs have as many keys.
+    No more than it takes: 256 with 16 tiles each end sooner than 264, of which some have 15 and some read two outputs.
     """
-    most = _cores(where) * chosen.programs
-    each = most // outputs
-    # Leaving more of the card idle would cost what the order of reading gains.
-    return (each * outputs, each) if equal and 8 * each * outputs >= 7 * most else (most, None)
+    return -(-tiles // -(-tiles // most)) if known and tiles else most
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
@@ -156,28 +154,27 @@ def _cores(where: torch.device) -> int:
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # What changes from call to call and must not compile anew.
 CHANGING = [
-    "batch", "heads", "total", "room", "T", "each", "sink", "recent", "pages_row", "at_row", "at_head", "at_key",
-    "asked_row",
+    "batch", "heads", "total", "room", "T", "sink", "recent", "pages_row", "at_row", "at_head", "at_key", "asked_row",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=CHANGING)
 def _decode(
     Q, K, V, OUT, LSE, PART, LENGTHS, PAGES, POSITIONS, ASKED, NAMED,
-    batch, heads, total, room, T, each, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row,
+    batch, heads, total, room, T, scale, softcap, sink, recent, pages_row, at_row, at_head, at_key, asked_row,
     sq, sk, sv,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     ROWS: tl.constexpr, TILE: tl.constexpr, PAGE: tl.constexpr, CUT: tl.constexpr,
 ):  # fmt: skip
-    """One worker: its interval of the line, output after output; or every `each`-th tile of one output."""
+    """One worker: its interval of the line, output after output."""
     worker, workers = tl.program_id(0), tl.num_programs(0)
-    place, stop = _interval(LENGTHS, batch, heads, room, each, TILE)
+    whole = heads * intervals.before(LENGTHS, batch, room, TILE)
+    place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
     rows, width, columns = tl.arange(0, ROWS), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     query, mine, count = rows // GROUP, rows < T * GROUP, T * GROUP
     while place < stop:
         row, head, first, tiles = intervals.locate(LENGTHS, place, batch, room, heads, TILE)
-        held = intervals.keys(LENGTHS, row, room)
-        first, last, step, alone, place = _own(first, tiles, place, stop, each)
+        last, held = tl.minimum(tiles, first + stop - place), intervals.keys(LENGTHS, row, room)
         named = intervals.named(NAMED, head)
         spot = row.to(tl.int64) * sq[0] + (named * GROUP + rows % GROUP) * sq[1] + query * sq[2]
         q = tl.load(Q + spot[:, None] + width[None, :] * sq[3], mask=mine[:, None] & (width < D)[None, :], other=0.0)
@@ -191,15 +188,15 @@ def _decode(
         if PAGE is not None:
             # A tile within a page needs one entry of the table, read while the tile before it is.
             ENTRIES, newest = PAGES + row.to(tl.int64) * pages_row, tl.maximum(held, 1) - 1
-            ahead = tl.load(ENTRIES + tl.minimum(first * TILE, newest) // PAGE, mask=held > 0, other=0)
-        for tile in range(first, last, step):
+            ahead = tl.load(ENTRIES + first * TILE // PAGE, mask=held > 0, other=0)
+        for tile in range(first, last):
             at = tile * TILE + tl.arange(0, TILE)
             inside = at < held
             page, slot = row, at
             if PAGE is not None:
                 page, slot = ahead, at % PAGE
                 if PAGE % TILE == 0:
-                    ahead = tl.load(ENTRIES + tl.minimum((tile + step) * TILE, newest) // PAGE)
+                    ahead = tl.load(ENTRIES + tl.minimum((tile + 1) * TILE, newest) // PAGE)
                 else:
                     page = tl.load(ENTRIES + at // PAGE, mask=inside, other=0)
             k_at = K + page.to(tl.int64) * sk[0] + head * sk[1] + slot.to(tl.int64) * sk[2]
@@ -217,34 +214,11 @@ def _decode(
             peak = top
             v = tl.load(v_at[:, None] + columns[None, :], mask=inside[:, None] & (columns < DV)[None, :], other=0.0)
             acc = acc * old[:, None] + _product(p.to(v.dtype), v)
-        if alone:
+        if last - first == tiles:
             _finish(OUT, LSE, rows, row, named, total, T, peak, mass, acc, GROUP, DV, BLOCK_V)
         else:
             _keep(PART, workers, worker * 2 + (first == 0).to(tl.int32), rows, count, peak, mass, acc, DV, BLOCK_V)
-
-
-@triton.jit
-def _interval(LENGTHS, batch, heads, room, each, TILE: tl.constexpr):
-    """Begin and end of what this worker reads of the line of tiles; with `each`, the first tile of its one output."""
-    worker, workers = tl.program_id(0), tl.num_programs(0)
-    if each is None:
-        whole = heads * intervals.before(LENGTHS, batch, room, TILE)
-        place, stop = intervals.bound(worker, workers, whole), intervals.bound(worker + 1, workers, whole)
-    else:
-        place = worker // each * intervals.counted(intervals.keys(LENGTHS, 0, room), TILE)
-        stop = place + 1
-    return place, stop
-
-
-@triton.jit
-def _own(first, tiles, place, stop, each):
-    """Of an output's `tiles`: this worker's begin, end and step, whether these are all, and its place afterwards."""
-    if each is None:
-        last = tl.minimum(tiles, first + stop - place)
-        step, alone, place = 1, last - first == tiles, place + last - first
-    else:
-        first, last, step, alone, place = tl.program_id(0) % each, tiles, each, each == 1, stop
-    return first, last, step, alone, place
+        place += last - first
 
 
 @triton.jit
@@ -274,20 +248,17 @@ def _seen(asked, at, inside, sink, recent, CUT: tl.constexpr):
     return seen
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "total", "room", "T", "workers", "each"])
+@triton.jit(do_not_specialize=["batch", "heads", "total", "room", "T", "workers"])
 def _merge(
-    OUT, LSE, PART, LENGTHS, NAMED, batch, heads, total, room, T, workers, each,
+    OUT, LSE, PART, LENGTHS, NAMED, batch, heads, total, room, T, workers,
     GROUP: tl.constexpr, DV: tl.constexpr, BLOCK_V: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One query row of one output, joined from its pieces; outputs that one worker read are written already."""
     row, head, line = tl.program_id(0) // heads, tl.program_id(0) % heads, tl.program_id(1)
-    if each is None:
-        whole = heads * intervals.before(LENGTHS, batch, room, TILE)
-        tiles = intervals.counted(intervals.keys(LENGTHS, row, room), TILE)
-        begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
-        low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
-    else:
-        low, high = tl.program_id(0) * each, (tl.program_id(0) + 1) * each - 1
+    whole = heads * intervals.before(LENGTHS, batch, room, TILE)
+    tiles = intervals.counted(intervals.keys(LENGTHS, row, room), TILE)
+    begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
+    low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
     if low < high:
         count, columns = T * GROUP, tl.arange(0, BLOCK_V)
         STATS = PART + workers.to(tl.int64) * 2 * count * DV
