@@ -58,6 +58,14 @@ def test_any_number_of_workers(workers):
     check(*made(0, 2, 2, 1, 1, 300, 64), workers=workers, lengths=torch.tensor([300, 70]))
 
 
+def test_no_more_workers_than_it_takes():
+    """Without lengths 8 heads of 512 tiles are read by 256 programs of 264, 16 tiles each."""
+    assert kernel._workers(8 * 512, 264, True) == 256
+    assert kernel._workers(8 * 512, 264, False) == 264
+    assert kernel._workers(3, 264, True) == 3
+    check(*made(11, 1, 3, 3, 1, 400, 16))
+
+
 @pytest.mark.parametrize(("H", "Hk", "T"), [(2, 2, 1), (4, 1, 3), (3, 1, 7), (16, 1, 4)])
 def test_groups_and_new_tokens(H, Hk, T):
     """Query rows from 1 to 64 a KV head; the last ones see more than the first."""
@@ -196,7 +204,7 @@ def test_attend_decodes(pattern, T):
 
 def test_some_heads_of_a_layer():
     """Groups of KV heads find their queries among all, and answer in their places of one output."""
-    q, k, v = made(15, 2, 8, 4, 2, 200, 32)
+    q, k, v = (x.float() for x in made(15, 2, 8, 4, 2, 200, 32))
     expected = decode(q.double(), k.double(), v.double())
     out, lse = (torch.full_like(x, torch.nan, dtype=torch.float32, device=DEVICE) for x in expected)
     for heads in ([3, 0], [1, 2]):

@@ -51,6 +51,18 @@ def prepare(
         tl.store(DELTA + line * padded + row, delta)
 
 
+@triton.jit(do_not_specialize=["T"])
+def finish(SUMS, DQ, strides, T, scale, DIM: tl.constexpr, ROWS: tl.constexpr):
+    """`scale` times float32 sums `[B, H, T, DIM]`, in DQ's dtype; torch's `mul` of two dtypes is 1.35 times as slow."""
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row, dims = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    ok = (row < T)[:, None]
+    line = (batch * tl.num_programs(1) + head) * T
+    sums = tl.load(SUMS + (line + row)[:, None] * DIM + dims[None, :], mask=ok)
+    at = DQ + batch * strides[0] + head * strides[1] + row[:, None] * strides[2] + dims[None, :]
+    tl.store(at, (sums * scale).to(DQ.dtype.element_ty), mask=ok)
+
+
 @triton.jit
 def slope(scores, top, factor, cap, part, rows, columns, BOUNDS, BITS, M: tl.constexpr, N: tl.constexpr,
           PARTIAL: tl.constexpr, TURNED: tl.constexpr):  # fmt: skip

@@ -24,7 +24,7 @@ from regard.kernels.attention import intervals
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 64  # query rows of a KV head: new tokens times the group
 WIDEST = 256
-PIECES = tl.constexpr(32)  # of an output, joined in one go
+PIECES = tl.constexpr(64)  # of an output, joined in one go
 CORES = 132  # of the card that is compiled for where there is none
 
 
@@ -50,11 +50,6 @@ def launch(k: Tensor, v: Tensor) -> Launch:
     """The configuration for these keys and values."""
     size = k.element_size() * (power_of_two(k.shape[-1]) + power_of_two(v.shape[-1]))
     return LAUNCHES[max(power_of_two(size), min(LAUNCHES))]
-
-
-def workers(k: Tensor, v: Tensor) -> int:
-    """Programs that a launch has if nothing else is asked for: as many as run at once."""
-    return _cores(k.device) * launch(k, v).programs
 
 
 def refuses(q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -97,12 +92,15 @@ def decode(
 ) -> tuple[Tensor, Tensor]:
     """Attention as `ops/decode.py` defines it, argument by argument; nothing is checked, ask `refuses` first.
 
-    `workers` programs have an equal share of the tiles each; None: as many as run at once.
+    `workers` programs have an equal share of the tiles each; None: as many as run at once, or a few less.
     """
     B, H, T, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
     chosen = launch(k, v)
-    programs = workers or _cores(k.device) * chosen.programs
+    room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
+    programs = workers or _workers(
+        B * Hk * -(-room // chosen.tile), _cores(k.device) * chosen.programs, lengths is None
+    )
     group, block_v = H // Hk if part_of is None else part_of.group, power_of_two(Dv)
     if part_of is None:
         out, lse = q.new_empty(B, H, T, Dv), q.new_empty(B, H, T, dtype=torch.float32)
@@ -111,7 +109,6 @@ def decode(
     heads = None if part_of is None else part_of.heads
     # What is left unfinished at either end of a worker's interval, then its peaks and masses.
     part = torch.empty(programs * 2 * T * group * (Dv + 2), dtype=torch.float32, device=q.device)
-    room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     at = (0, 0, 0) if positions is None else _strides(positions if positions.dim() == 3 else positions[:, None])
     scattered = pages is not None and k.shape[2] % chosen.tile != 0
     _decode[(programs,)](
@@ -131,6 +128,14 @@ def decode(
             GROUP=group, DV=Dv, BLOCK_V=block_v, TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
     return out, lse
+
+
+def _workers(tiles: int, most: int, known: bool) -> int:
+    """Programs for a line of `tiles`, at most `most`; `known`: none of them can be empty.
+
+    No more than it takes: 256 with 16 tiles each end sooner than 264, of which some have 15 and some read two outputs.
+    """
+    return -(-tiles // -(-tiles // most)) if known and tiles else most
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:

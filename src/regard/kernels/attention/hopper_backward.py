@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from regard.kernels.attention.arguments import like, lists, spread, three
-from regard.kernels.attention.backward import prepare
+from regard.kernels.attention.backward import finish, prepare
 from regard.kernels.attention.hopper import LOG2E, bounds_of, described, list_of
 from regard.primitives.block_list import BlockList
 
@@ -331,7 +331,7 @@ def backward(
     rows = torch.empty(B * H, tiles, 128, dtype=torch.float32, device=q.device)
     prepare[(tiles, H, B)](
         out, dout, lse, dlse, rows, rows, three(out), three(dout), T, tiles * 64,
-        DIM=D, ROWS=64, PACKED=True,
+        DIM=D, ROWS=64, PACKED=True, num_warps=8,
     )  # fmt: skip
     sums = torch.zeros(B, H, T, D, dtype=torch.float32, device=q.device)
     dk, dv, turned = like(k), like(v), blocks.turned()
@@ -346,4 +346,5 @@ def backward(
         scale, scale * LOG2E.value, cap, N=128, DIM=D, GROUP=H // Hk, STAGES=2, num_warps=4,
     )  # fmt: skip
     dq = like(q)
-    return torch.mul(sums, scale, out=dq), dk, dv
+    finish[(tiles, H, B)](sums, dq, three(dq), T, scale, DIM=D, ROWS=64, num_warps=8)
+    return dq, dk, dv

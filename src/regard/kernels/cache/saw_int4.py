@@ -23,8 +23,8 @@ from regard.core.shapes import power_of_two
 from regard.core.store import Fields, Form, Part
 from regard.kernels import device
 from regard.kernels.attention import intervals
-from regard.kernels.cache.codes import dot, of_two, of_word, step_and_lo, to_bfloat16
-from regard.kernels.cache.turn import rotated
+from regard.kernels.cache.codes import dot, of_two, of_word, reciprocal, step_and_lo, to_bfloat16
+from regard.kernels.cache.turn import rotated, turned
 
 WIDTHS = (64, 128, 256)
 ROWS = 64  # query rows of a KV head: new tokens times the group
@@ -41,7 +41,8 @@ class Launch(NamedTuple):
     registers: int
 
 
-# By query rows of a KV head, up to. With one warp a program there is nothing to wait for but memory.
+# By query rows of a KV head, up to. With one warp a program there is nothing to wait for but memory. A multiprocessor
+# has four schedulers, and the fullest sets the time: so programs of one warp come in fours.
 LAUNCHES = {
     8: Launch(64, 2, 1, 12, 168),
     16: Launch(32, 3, 1, 8, 255),
@@ -290,13 +291,12 @@ def _read_codes(
         held = intervals.keys(LENGTHS, row, room)
         row, named = row.to(tl.int64), intervals.named(NAMED, head)
         spot = row * q_row + (named * GROUP + column % GROUP) * q_head + (column // GROUP) * q_token
-        q = tl.load(Q + spot[:, None] + tl.arange(0, D)[None, :] * q_channel, mask=mine[:, None], other=0.0)
         asked = column // GROUP
         if ASKED is not None:
             asked = tl.load(ASKED + row * asked_row + asked, mask=mine, other=-1)
         elif CUT or recent is not None:
             asked += held - T
-        q0, q1, q2, q3, qsum = _queries(q, COLUMNS, D, KEY, TURN)
+        q0, q1, q2, q3, qsum = _queries(Q, spot, mine, q_channel, COLUMNS, D, KEY, TURN)
         m = tl.full((COLUMNS,), -float("inf"), tl.float32)
         # Sums over keys, of probabilities and of what is no code in the output: over each thread's own keys first.
         mass = tl.zeros((16, COLUMNS), tl.float32)
@@ -330,13 +330,18 @@ def _read_codes(
 
 
 @triton.jit
-def _queries(q, COLUMNS: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, TURN: tl.constexpr):
-    """Queries `[COLUMNS, D]` rotated, as right sides of products with keys `[channels, COLUMNS]`, and their sums.
+def _queries(Q, spot, mine, q_channel, COLUMNS: tl.constexpr, D: tl.constexpr, KEY: tl.constexpr, TURN: tl.constexpr):
+    """Queries that begin at `spot [COLUMNS]`, rotated, and their sums.
+
+    They are right sides of products with keys, `[channels, COLUMNS]`.
 
     Codes come as four matrices: of a word's bytes 0 and 2, low nibbles, then 1 and 3, then both again, high nibbles. In
     each, channels lie as `_scores` lays the words.
     """
-    q = to_bfloat16(rotated(q.to(tl.float32), COLUMNS, D, TURN)) if TURN > 0 else q
+    channel = tl.arange(0, 16)[:, None] + 16 * tl.arange(0, D // 16)[None, :]
+    q = tl.load(Q + spot[None, None, :] + channel[:, :, None] * q_channel, mask=mine[None, None, :], other=0.0)
+    q = to_bfloat16(turned(q, COLUMNS, D, TURN)) if TURN > 0 else q
+    q = q.permute(2, 1, 0).reshape(COLUMNS, D)
     qsum = tl.sum(q.to(tl.float32), 1)
     if KEY == 4:
         q = q.reshape(COLUMNS, 2, 4, D // 64, 2, 2, 2).permute(3, 2, 4, 5, 0, 1, 6).reshape(D // 4, COLUMNS, 2, 2)
@@ -401,7 +406,7 @@ def _weighed(
         weight = to_bfloat16(p * step[:, None])
         # What was rounded weighs all of `code + lo / step`: rounding that falls on codes alone falls on all channels
         # alike, and rotating back piles it up in one. A slot without a key has a step of 0.
-        more = (lo / tl.where(step > 0, step, 1.0) - OFFSET)[:, None] * weight.to(tl.float32)
+        more = (lo * reciprocal(tl.maximum(step, 1e-30)) - OFFSET)[:, None] * weight.to(tl.float32)
         rest = rest * old[None, :] + _folded(more, TILE, COLUMNS)
         codes = _columns(
             _half(V, PAGES, row, head, begin, held, v_row, v_head, pages_row, 0, DV, VALUE, PAGE, TILE),
@@ -468,7 +473,7 @@ def _merge(
     tiles = intervals.counted(intervals.keys(LENGTHS, row, room), TILE)
     begun = heads * intervals.before(LENGTHS, row, room, TILE) + head * tiles
     low, high = intervals.reader(begun, workers, whole), intervals.reader(begun + tiles - 1, workers, whole)
-    CHUNK: tl.constexpr = 4096 // DV
+    CHUNK: tl.constexpr = 16384 // DV
     m = tl.full((1,), -float("inf"), tl.float32)
     mass = tl.zeros((1,), tl.float32)
     acc = tl.zeros((1, DV), tl.float32)
