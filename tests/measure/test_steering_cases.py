@@ -1,11 +1,13 @@
 """The cases that steer the tiny vision-language model: their rule by hand, and one run too small to show anything."""
 
+from random import Random
 from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("PIL", reason="transformers reads images with pillow")
 
+import steer_bench
 import steers
 from cases import steered, steering
 from regard import catalog
@@ -19,22 +21,37 @@ def figures(**told):
 
 def test_the_rule_by_hand():
     plain = [figures(accuracy=0.78, chair_i=0.38), figures(accuracy=0.82, chair_i=0.42)]
-    assert steering.compared(plain, plain)["improves"] is False
+    still = steering.compared(plain, plain, "all")
+    assert (still["improves"], still["paired"]) == (False, False)
     better = [figures(accuracy=0.79, chair_i=0.35), figures(accuracy=0.82, chair_i=0.39)]
-    found = steering.compared(better, plain)
+    found = steering.compared(better, plain, "all")
     assert (found["improves"], found["better"], found["worse"]) == (True, ["chair_i"], [])
     assert found["gains"]["chair_i"] == pytest.approx([0.03, 0.03])
     assert found["spread"]["chair_i"] == pytest.approx(0.02)
     assert found["deviation"]["accuracy"] == pytest.approx(0.01 / 2**0.5)
-    # A gain of just the spread is none beyond it.
-    tied = steering.compared([figures(**one | {"accuracy": one["accuracy"] + 0.02}) for one in plain], plain)
-    assert (tied["improves"], tied["better"]) == (False, [])
-    # Fewer absent kinds because fewer kinds are named.
+    assert (found["won"], found["lost"]) == (pytest.approx(1.5), pytest.approx(0.0))
+    # A gain of just the spread is none beyond it, though it may be beyond that of the gains.
+    tied = steering.compared([figures(**one | {"accuracy": one["accuracy"] + 0.02}) for one in plain], plain, "all")
+    assert (tied["improves"], tied["better"], tied["paired"]) == (False, [], True)
+    # Fewer absent kinds because fewer kinds are named: of no matter where only existence is asked about.
     silent = [figures(**one | {"recall": 0.59}) for one in better]
-    worse = steering.compared(silent, plain)
+    worse = steering.compared(silent, plain, "captions")
     assert (worse["improves"], worse["worse"]) == (False, ["recall"])
     assert steering.merit(found) > steering.merit(worse)
-    assert steering.compared([figures(**one | {"count": 0.4}) for one in better], plain)["spoiled"] == ["count"]
+    existence = steering.compared(silent, plain, "existence")
+    assert (existence["lost"], existence["better"], existence["paired"]) == (pytest.approx(-0.25), [], False)
+    assert steering.compared([figures(**one | {"count": 0.4}) for one in better], plain, "all")["spoiled"] == ["count"]
+
+
+def test_what_is_tried_differs_from_the_best_in_one_value():
+    random = Random(0)
+    for stem, given in steers.GIVEN.items():
+        best = steers.usual(stem)
+        for near in (None, best):
+            choice = steers.drawn(stem, random, near)
+            assert all(choice[name] in values for name, values in given.tried.items())
+            assert near is None or sum(choice[name] != best[name] for name in best) == 1
+    assert steers.usual("aia") == {steers.TIMES: 1.0}
 
 
 def test_strengths_and_layers_by_hand():
@@ -70,9 +87,9 @@ def test_agreement_by_hand():
 def test_both_cases_run(monkeypatch):
     """One mechanism that is told the images' tokens, and one that cannot be attached."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(steers, "LONG", 3)
+    monkeypatch.setattr(steer_bench, "LONG", 3)
     small = {"captions": 2, "task": "captions", "stems": "gift,aia"}
-    facts, rows = steering.run(**small, seeds=1, tuning=1, share=100, strengths=1, timed=1)
+    facts, rows = steering.run(**small, existence=0, skills=0, seeds=1, tuning=1, share=100, trials=2, timed=1)
     none, gift, aia = rows
     assert [row["method"] for row in rows] == ["none", "gift", "aia"]
     assert none.keys() - {"seeds"} <= gift.keys() & aia.keys()

@@ -1,0 +1,121 @@
+"""What is steered: the tiny vision-language model `shapes`, questions asked together, and a mechanism as tried."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regard.adapters import tokens
+from regard.adapters.families import open_decoder
+from regard.core.token_map import TokenMap
+from regard.measure import hallucination
+from regard.measure import scene_questions as ask
+from regard.models import vlm
+
+# The most tokens of an answer, and of a caption.
+SHORT, LONG = 8, 28
+
+
+@dataclass(eq=False)
+class Kept:
+    """What was made once is kept."""
+
+    _kept: dict[Any, Any] = field(default_factory=dict, init=False)
+
+    def once(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` made when it was first called under `name`."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        return self._kept[name]
+
+
+@dataclass(eq=False)
+class Batch(Kept):
+    """Questions that are asked together: what the model is given, what its tokens are, and whose they are."""
+
+    inputs: dict[str, Tensor]
+    tokens: TokenMap
+    at: Sequence[int]
+    most: int
+
+
+@dataclass(eq=False)
+class Bench(Kept):
+    """The model that is steered, and its processor."""
+
+    model: Any
+    processor: Any
+
+    @classmethod
+    def open(cls, device: str) -> "Bench":
+        """The trained model on `device`."""
+        return cls(*vlm.load(device=device))
+
+    @cached_property
+    def eager(self) -> Any:
+        """The same model, whose attention returns its weights."""
+        other, _ = vlm.load(device=self.model.device)
+        other.set_attn_implementation("eager")
+        return other
+
+    @cached_property
+    def depth(self) -> int:
+        """Layers of the language model."""
+        return open_decoder(self.model).layers
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+        return self.processor.tokenizer(text)["input_ids"]
+
+    def text(self, ids: Tensor) -> list[str]:
+        """`ids [B, n]` as words, without marks."""
+        return self.processor.batch_decode(ids, skip_special_tokens=True)
+
+    def pixels(self, images: Sequence[Tensor]) -> Tensor:
+        """`[N, 3, 64, 64]` on the model's device."""
+        made = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+        return made.to(self.model.device)
+
+    def batch(
+        self, images: Sequence[Tensor], texts: Sequence[str], at: Sequence[int] = (), ends: Sequence[str] | None = None
+    ) -> Batch:
+        """Questions about images, padded on the left; `ends` follow the prompts."""
+        prompts = [hallucination.prompt(self.processor, text) for text in texts]
+        prompts = [prompt + end for prompt, end in zip(prompts, ends or [""] * len(texts), strict=True)]
+        given = self.processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
+        said = tokens.read(self.model, given, processor=self.processor).to(self.model.device)
+        return Batch(dict(given.to(self.model.device)), said, at, LONG if ask.TEXTS["caption"] in texts else SHORT)
+
+    def captioning(self, rows: int) -> dict[str, Tensor]:
+        """Ids and mask of `rows` prompts for a caption."""
+        blank = torch.zeros(vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
+        inputs = self.batch([blank], [ask.TEXTS["caption"]]).inputs
+        return {name: inputs[name].expand(rows, -1) for name in ("input_ids", "attention_mask")}
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """A mechanism as it is tried.
+
+    Args:
+        stem: which.
+        task: what it is fitted for, `existence`, `captions` or `all`.
+        layers: where it is placed.
+        options: the mechanism's own, without tensors.
+        extra: what fits, and what is lent, are told besides.
+        tensors: fitted options.
+    """
+
+    stem: str
+    task: str
+    layers: Sequence[int] | str
+    options: Mapping[str, Any]
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        return {"layers": self.layers, **self.options, **self.extra}
