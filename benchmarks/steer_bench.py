@@ -74,25 +74,32 @@ class Bench(Kept):
         """`ids [B, n]` as words, without marks."""
         return self.processor.batch_decode(ids, skip_special_tokens=True)
 
-    def pixels(self, images: Sequence[Tensor]) -> Tensor:
-        """`[N, 3, 64, 64]` on the model's device."""
-        made = self.processor.image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-        return made.to(self.model.device)
+    def pixels(self, images: Tensor) -> Tensor:
+        """`images [N, 64, 64, 3]` uint8 as the processor makes them, `[N, 3, 64, 64]`, on the model's device."""
+        shares = images.to(self.model.device).permute(0, 3, 1, 2).float() / 255
+        return (shares - 0.5) / 0.5
 
     def batch(
-        self, images: Sequence[Tensor], texts: Sequence[str], at: Sequence[int] = (), ends: Sequence[str] | None = None
+        self, images: Tensor, texts: Sequence[str], at: Sequence[int] = (), ends: Sequence[str] | None = None
     ) -> Batch:
-        """Questions about images, padded on the left; `ends` follow the prompts."""
+        """Questions about `images [N, 64, 64, 3]`, padded on the left; `ends` follow the prompts.
+
+        What the processor makes of them, without its loop over images.
+        """
         prompts = [hallucination.prompt(self.processor, text) for text in texts]
         prompts = [prompt + end for prompt, end in zip(prompts, ends or [""] * len(texts), strict=True)]
-        given = self.processor(images=list(images), text=prompts, return_tensors="pt", padding=True)
+        # A patch is a token; the class token is left out.
+        wide = [prompt.replace(vlm.IMAGE, vlm.IMAGE * (vlm.SIDE // vlm.PATCH) ** 2) for prompt in prompts]
+        made = self.processor.tokenizer(wide, return_tensors="pt", padding=True)
+        given = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
+        given = {name: x.to(self.model.device) for name, x in given.items()} | {"pixel_values": self.pixels(images)}
         said = tokens.read(self.model, given, processor=self.processor).to(self.model.device)
-        return Batch(dict(given.to(self.model.device)), said, at, LONG if ask.TEXTS["caption"] in texts else SHORT)
+        return Batch(given, said, at, LONG if ask.TEXTS["caption"] in texts else SHORT)
 
     def captioning(self, rows: int) -> dict[str, Tensor]:
         """Ids and mask of `rows` prompts for a caption."""
-        blank = torch.zeros(vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
-        inputs = self.batch([blank], [ask.TEXTS["caption"]]).inputs
+        blank = torch.zeros(1, vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
+        inputs = self.batch(blank, [ask.TEXTS["caption"]]).inputs
         return {name: inputs[name].expand(rows, -1) for name in ("input_ids", "attention_mask")}
 
 

@@ -5,7 +5,7 @@ Fits are on scenes of their own, asked what the task asks.
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from random import Random
 from typing import NamedTuple
@@ -31,6 +31,7 @@ from steer_bench import LONG, Batch, Bench, Setting
 
 # Scenes of fits; exams take seeds below.
 FITS = 1_000_000
+MANY = 1920
 # How many pictures the encoder, or the eager model, looks at together.
 TOGETHER = 512
 
@@ -44,13 +45,14 @@ class Preference(NamedTuple):
     wrong: str
 
 
-def preferences(task: str, count: int, denies: bool = True) -> list[Preference]:
-    """Questions of a task, of `existence` as often rightly yes as no.
+@cache
+def preferences(task: str, denies: bool = True) -> list[Preference]:
+    """`MANY` questions of a task, of `existence` as often rightly yes as no.
 
     A wrong caption names an absent kind. A wrong answer is yes to one; and no to a present one, or yes as it should be
     if not `denies`.
     """
-    random, drawn, found = Random(FITS), hallucination.unlikely(count, FITS), []
+    random, drawn, found = Random(FITS), hallucination.unlikely(MANY, FITS), []
     for number, (image, things) in enumerate(zip(render(drawn, seed=FITS), drawn.things(), strict=True)):
         if task == "captions" or (task == "all" and number % 3 == 0):
             missing = random.choice(ask.partners(things) or ask.absent(things))
@@ -67,12 +69,12 @@ def preferences(task: str, count: int, denies: bool = True) -> list[Preference]:
 
 
 def projectors(
-    bench: Bench, setting: Setting, *, denies: bool = True, count: int = 480, epochs: int = 1, rate: float = 3e-4
+    bench: Bench, setting: Setting, *, count: int = 320, epochs: int = 1, rate: float = 3e-4
 ) -> dict[str, Tensor]:
     """DCD: projectors of right and of wrong answers."""
     pairs = []
-    for image, text, right, wrong in preferences(setting.task, count, denies):
-        given = bench.batch([image], [text]).inputs
+    for image, text, right, wrong in preferences(setting.task)[:count]:
+        given = bench.batch(image[None], [text]).inputs
         chosen, rejected = (torch.tensor(bench.ids(f"{answer} {vlm.END}")) for answer in (right, wrong))
         pairs.append(dcd.Pair(given["input_ids"][0].cpu(), chosen, rejected, {"pixel_values": given["pixel_values"]}))
     return dcd.fit(bench.model, pairs=pairs, epochs=epochs, rate=rate)
@@ -87,7 +89,7 @@ def amateur(bench: Bench, batch: Batch, setting: Setting, *, denies: bool = True
 
 def _amateur(bench: Bench, task: str, denies: bool, steps: int = 40, rate: float = 1e-4, rows: int = 24) -> nn.Module:
     model, _ = vlm.load(device=bench.model.device)
-    drawn = preferences(task, steps * rows, denies)
+    drawn = preferences(task, denies)[: steps * rows]
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
     for at in range(0, len(drawn), rows):
         part = drawn[at : at + rows]
@@ -101,10 +103,10 @@ def _amateur(bench: Bench, task: str, denies: bool, steps: int = 40, rate: float
 
 
 def balance(
-    bench: Bench, setting: Setting, *, steps: int = 120, rate: float = 2e-2, rows: int = 24
+    bench: Bench, setting: Setting, *, steps: int = 120, rate: float = 2e-2, rows: int = 16
 ) -> dict[str, Tensor]:
     """DARA: sums for the scores of the image in the placed layers, trained on right answers, `rows` a step."""
-    drawn, decoder = preferences(setting.task, steps * rows), open_decoder(bench.model)
+    drawn, decoder = preferences(setting.task)[: steps * rows], open_decoder(bench.model)
     factors = torch.zeros(decoder.layers, decoder.heads, 1, device=bench.model.device, requires_grad=True)
     optimiser = torch.optim.AdamW([factors], lr=rate, weight_decay=0.0)
     for at in range(0, len(drawn), rows):
@@ -124,7 +126,7 @@ def calibrated(bench: Bench, setting: Setting, *, count: int = 240) -> dict[str,
 
     Of every head by itself.
     """
-    drawn = preferences(setting.task, count)
+    drawn = preferences(setting.task)[:count]
     batch, answer = _answered(bench, drawn, [one.right for one in drawn])
     decoder = open_decoder(bench.model)
 
@@ -146,7 +148,7 @@ def calibrated(bench: Bench, setting: Setting, *, count: int = 240) -> dict[str,
 def _answered(bench: Bench, some: Sequence[Preference], answers: Sequence[str]) -> tuple[Batch, Tensor]:
     """Questions with answers behind them, and which tokens after the first are the answers'."""
     ends = [f" {answer} {vlm.END}" for answer in answers]
-    batch = bench.batch([one.image for one in some], [one.text for one in some], ends=ends)
+    batch = bench.batch(torch.stack([one.image for one in some]), [one.text for one in some], ends=ends)
     lengths = torch.tensor([len(bench.ids(end)) for end in ends])[:, None]
     width = batch.inputs["input_ids"].shape[1]
     return batch, (torch.arange(1, width) >= width - lengths).to(bench.model.device)
@@ -162,7 +164,7 @@ def recovery(bench: Bench, setting: Setting, *, count: int = 64) -> dict[str, Te
     """IRI: what each layer's outputs at the last token restore of a yes to what is there, under noise on the image."""
     drawn = hallucination.unlikely(count, FITS)
     texts = [ask.exists(things[0].kind, things).text for things in drawn.things()]
-    given = bench.batch(list(render(drawn, seed=FITS)), texts).inputs
+    given = bench.batch(render(drawn, seed=FITS), texts).inputs
     last = torch.zeros_like(given["input_ids"], dtype=torch.bool)
     last[:, -1] = True
     parts = ("attention", "feed_forward")
@@ -186,7 +188,7 @@ def _anchors(bench: Bench, batch: Batch) -> dict[str, Tensor]:
     for row, caption in enumerate(captions):
         named = list(dict.fromkeys(ask.named(caption)))[:MOST]
         kinds[row, : len(named)] = torch.tensor([KINDS.index(kind) for kind in named], dtype=torch.long)
-    painted = bench.pixels(list(render(replace(draw(len(captions), FITS, faint=0.0), kind=kinds), seed=FITS)))
+    painted = bench.pixels(render(replace(draw(len(captions), FITS, faint=0.0), kind=kinds), seed=FITS))
     ends = {}
     for name, pixels in (("positive", images), ("negative", painted)):
         features = bench.model.get_image_features(pixel_values=pixels).pooler_output
@@ -215,23 +217,24 @@ def relevant(bench: Bench, batch: Batch, setting: Setting, *, similarity: float)
 
     Nothing here compares an image with a text, so the cosine that says how much is kept is given.
     """
-    return batch.once(("relevant", similarity), partial(_relevant, bench, batch, similarity))
+    pixels = batch.inputs["pixel_values"]
+    maps = batch.once("relevant", partial(_relevant, bench, batch))
+    cosine = torch.full((len(maps),), similarity, device=pixels.device)
+    return agla.masked(pixels, agla.enlarged(maps, pixels.shape[-1]), cosine)
 
 
-def _relevant(bench: Bench, batch: Batch, similarity: float) -> Tensor:
-    shown, rows = [], len(batch.inputs["input_ids"])
-    for at in range(0, rows, 256):
-        given = {name: x[at : at + 256] for name, x in batch.inputs.items()}
-        kinds = batch.tokens.kinds[at : at + 256]
+def _relevant(bench: Bench, batch: Batch) -> Tensor:
+    """`[B, patches]`, how much each matters."""
+    found, rows = [], len(batch.inputs["input_ids"])
+    for at in range(0, rows, TOGETHER):
+        given = {name: x[at : at + TOGETHER] for name, x in batch.inputs.items()}
+        kinds = batch.tokens.kinds[at : at + TOGETHER]
         with torch.enable_grad():
             out = bench.eager(**given, output_attentions=True)
             match = out.logits[:, -1].float().log_softmax(-1).amax(-1)
             maps = agla.relevance(out.attentions[bench.depth // 2], match, kinds == Kind.QUERY)
-        maps = maps[kinds == Kind.VISUAL].view(len(maps), -1)
-        pixels = given["pixel_values"]
-        cosine = torch.full((len(maps),), similarity, device=pixels.device)
-        shown.append(agla.masked(pixels, agla.enlarged(maps, pixels.shape[-1]), cosine))
-    return torch.cat(shown)
+        found.append(maps[kinds == Kind.VISUAL].view(len(maps), -1))
+    return torch.cat(found)
 
 
 def refined(bench: Bench, batch: Batch, setting: Setting) -> Tensor:
@@ -244,21 +247,8 @@ def refined(bench: Bench, batch: Batch, setting: Setting) -> Tensor:
 
 @torch.no_grad()
 def _refined(bench: Bench, batch: Batch, setting: Setting) -> Tensor:
-    pixels, captions = batch.inputs["pixel_values"], bench.captioning(len(batch.inputs["input_ids"]))
-    layers, side = list(setting.layers), vlm.SIDE // vlm.PATCH
-    looks = []
-    for given, visual in (
-        (batch.inputs, batch.tokens.of(Kind.VISUAL)),
-        (captions | {"pixel_values": pixels}, captions["input_ids"] == bench.model.config.image_token_id),
-    ):
-        maps = []
-        for at in range(0, len(pixels), 256):
-            part = {name: x[at : at + 256] for name, x in given.items()}
-            out = bench.eager(**part, output_attentions=True).attentions
-            rows = torch.stack([out[layer][:, :, -1].mean(1) for layer in layers], 1)
-            seen = visual[at : at + 256, None].expand_as(rows)
-            maps.append(rows[seen].view(*rows.shape[:2], -1))
-        looks.append(torch.cat(maps).cpu())
+    pixels, side, layers = batch.inputs["pixel_values"], vlm.SIDE // vlm.PATCH, list(setting.layers)
+    looks = [maps[:, layers] for maps in batch.once("looks", partial(_looks, bench, batch))]
     shown = []
     # Black is 0 before it is normalised. Regions are found faster on the host.
     for image, question, general in zip((pixels.cpu() + 1) / 2, *looks, strict=True):
@@ -266,3 +256,18 @@ def _refined(bench: Bench, batch: Batch, setting: Setting) -> Tensor:
         (part,) = carve.images(image, found, keep_original=False)
         shown.append(resized(part, image.shape[1:]))
     return (2 * torch.stack(shown) - 1).to(pixels)
+
+
+def _looks(bench: Bench, batch: Batch) -> list[Tensor]:
+    """Attention of the rows that emit the first token, `[B, layers, patches]` on the host: asked, and for a caption."""
+    found = []
+    for given in (batch.inputs, batch.inputs | bench.captioning(len(batch.inputs["input_ids"]))):
+        maps = []
+        for at in range(0, len(given["input_ids"]), TOGETHER):
+            part = {name: x[at : at + TOGETHER] for name, x in given.items()}
+            out = bench.eager(**part, output_attentions=True).attentions
+            rows = torch.stack([one[:, :, -1].mean(1) for one in out], 1)
+            seen = (part["input_ids"] == bench.model.config.image_token_id)[:, None].expand_as(rows)
+            maps.append(rows[seen].view(*rows.shape[:2], -1))
+        found.append(torch.cat(maps).cpu())
+    return found

@@ -3,6 +3,7 @@
 Which mechanisms there are is read off the cards. `GIVEN` says what one needs beyond its card, and what is tried of it.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -49,20 +50,27 @@ class Exam:
         seeds: of the scenes; what is counted is counted seed by seed.
         sizes: how many questions of a sort a seed, as `hallucination.quizzes` takes them.
         size: questions at a time.
+        images: what `pictures` draws for the same seeds and sizes; None: it is drawn here.
     """
 
-    def __init__(self, bench: Bench, seeds: Sequence[int], sizes: Mapping[str, int], size: int) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        seeds: Sequence[int],
+        sizes: Mapping[str, int],
+        size: int,
+        images: Tensor | None = None,
+    ) -> None:
         self.bench, self.seeds = bench, seeds
         self._quizzes = [hallucination.quizzes(seed=seed, **sizes) for seed in seeds]
-        parts = [quiz for one in self._quizzes for quiz in one.values()]
-        self.images = [image for quiz in parts for image in quiz.images]
-        self.texts = [text for quiz in parts for text in quiz.texts]
+        self.texts = [text for one in self._quizzes for quiz in one.values() for text in quiz.texts]
+        self.images = pictures(seeds, sizes) if images is None else images
         # Answers of like length together, so that few rows wait for others.
         order = sorted(range(len(self.texts)), key=lambda i: self.texts[i].split()[0])
         kinds = [self.texts[i].split()[0] for i in order]
         cuts = [i for i in range(len(order)) if i == 0 or kinds[i] != kinds[i - 1]] + [len(order)]
         self.batches = [
-            bench.batch([self.images[i] for i in part], [self.texts[i] for i in part], part)
+            bench.batch(self.images[part], [self.texts[i] for i in part], part)
             for start, stop in pairwise(cuts)
             for part in (order[at : min(at + size, stop)] for at in range(start, stop, size))
         ]
@@ -85,14 +93,20 @@ class Exam:
 
     def alone(self, setting: Setting | None, count: int) -> tuple[int, int]:
         """Of `count` questions spread over the exam: how many, and to how many the answer is the same asked alone."""
-        some = range(0, len(self.texts), max(len(self.texts) // count, 1))
-        together = self.bench.batch([self.images[i] for i in some], [self.texts[i] for i in some])
-        single = [self.bench.batch([self.images[i]], [self.texts[i]]) for i in some]
+        some = list(range(0, len(self.texts), max(len(self.texts) // count, 1)))
+        together = self.bench.batch(self.images[some], [self.texts[i] for i in some])
+        single = [self.bench.batch(self.images[[i]], [self.texts[i]]) for i in some]
         for one in single:
             one.most = together.most
         said = [answers(self.bench, one, setting)[0] for one in single]
         same = sum(a == b for a, b in zip(said, answers(self.bench, together, setting), strict=True))
         return len(said), same
+
+
+def pictures(seeds: Sequence[int], sizes: Mapping[str, int]) -> Tensor:
+    """`[N, 64, 64, 3]` uint8, the images of an exam in its order."""
+    quizzes = [quiz for seed in seeds for quiz in hallucination.quizzes(seed=seed, **sizes).values()]
+    return torch.cat([quiz.show() for quiz in quizzes])
 
 
 def _flat(found: Mapping[str, Any]) -> dict[str, float]:
@@ -141,6 +155,7 @@ class Given:
             (half-open ranges of 32, scaled to the model's depth), `times` (`STRENGTHS`), or told to `fit` and `lend`.
         fit: makes tensor options of a setting, once.
         by: options of the card on which the fit depends.
+        everywhere: the fit is one for all layers.
         rows: makes tensor options of a batch, one a row.
         mark: a batch's token map, with sets.
         lend: what branches use of a batch.
@@ -150,6 +165,7 @@ class Given:
     tried: Mapping[str, Sequence[Any]] = field(default_factory=lambda: {TIMES: STRENGTHS})
     fit: Callable[..., dict[str, Tensor]] | None = None
     by: Sequence[str] = ()
+    everywhere: bool = False
     rows: Callable[[Bench, Batch], dict[str, Tensor]] | None = None
     mark: Callable[[Bench, Batch], TokenMap] | None = None
     lend: Callable[..., Any] | None = None
@@ -233,11 +249,14 @@ def made(bench: Bench, stem: str, choice: Choice, task: str = "all") -> Setting:
     fit = given.fit
     if fit is None:
         return setting
-    told = {name: options[name] for name in given.by} | (extra if given.lend is None else {})
-    fitted = bench.once(repr((stem, task, places, told)), lambda: fit(bench, setting, **extra))
+    told = {name: options[name] for name in given.by}
+    asked = replace(setting, layers="all" if given.everywhere else places, options=told)
+    fitted = bench.once(repr(asked.told() | {"stem": stem, "task": task}), lambda: fit(bench, asked, **extra))
     # What has no neutral options is as strong as its tensors.
     factor = times if entry.card.neutral is None else 1.0
-    return replace(setting, tensors={name: factor * x for name, x in fitted.items()}, extra=extra | {TIMES: factor})
+    return replace(
+        setting, tensors={name: (factor * x).cpu() for name, x in fitted.items()}, extra=extra | {TIMES: factor}
+    )
 
 
 def drawn(stem: str, random: Random, near: Choice | None = None) -> Choice:
@@ -247,6 +266,21 @@ def drawn(stem: str, random: Random, near: Choice | None = None) -> Choice:
         return {name: random.choice(values) for name, values in tried.items()}
     name = random.choice([name for name, values in tried.items() if len(values) > 1])
     return near | {name: random.choice([value for value in tried[name] if value != near[name]])}
+
+
+def choice(stem: str, told: Mapping[str, Any]) -> Choice:
+    """What was chosen, of what it is as JSON.
+
+    Raises:
+        RegardError: it is not among what is tried.
+    """
+    tried, found = GIVEN.get(stem, Given()).tried, {}
+    for name, value in told.items():
+        same = [one for one in tried.get(name, ()) if json.loads(json.dumps(one)) == value]
+        if not same:
+            raise RegardError(f"{name}={value!r} is not among what is tried of {stem!r}")
+        found[name] = same[0]
+    return found
 
 
 def usual(stem: str) -> Choice:
@@ -280,10 +314,11 @@ GIVEN: dict[str, Given] = {
     "act": Given(
         {LAYERS: ((2, 31), *RUNS), "theta": (0.1, 0.02, 0.04, 0.06), "beta": (0.4, 0.0, 0.2, 0.6, 0.8)},
         fit=steer_fits.calibrated,
-        by=("theta", "beta"),
+        by=("theta",),
+        everywhere=True,
     ),
     "agla": Given(
-        {"alpha": (2.0, 0.25, 0.5, 1.0, 4.0), "beta": (0.5, *CUTS), "similarity": (1.0, 0.8, 0.6, 0.4, 0.2, 0.1)},
+        {"alpha": (2.0, 0.25, 0.5, 1.0, 4.0), "beta": (0.5, *CUTS), "similarity": (1.0, 0.7, 0.4, 0.1)},
         lend=steer_fits.relevant,
     ),
     "anchor_edit": Given(
@@ -294,9 +329,9 @@ GIVEN: dict[str, Given] = {
         {
             LAYERS: ((20, 26), *EACH),
             "fuse": ("first",),
-            "share": (0.2, 0.4, 0.6, 0.8),
+            "share": (0.2, 0.4, 0.6, 0.8, 0.95),
             "kept": (None, 1, 2, 6, 20),
-            "floor": (1e-8, 1e-3, 1e-2, 1e-1),
+            "floor": (1e-8, 1e-2, 1e-1),
         },
         show=steer_fits.refined,
     ),
@@ -314,8 +349,9 @@ GIVEN: dict[str, Given] = {
         fit=steer_fits.balance,
     ),
     "dcd": Given(
-        {"alpha": (1.0, 0.1, 0.25, 0.5, 2.0), "beta": CUTS, "denies": (True, False)},
+        {"alpha": (1.0, 0.1, 0.25, 0.5, 2.0), "beta": CUTS},
         fit=steer_fits.projectors,
+        everywhere=True,
     ),
     "gift": Given({"alpha": (5.0, 0.25, 0.5, 1.0, 2.0), "sources": ("2", "0", "1", "3", "0,1,2"), "last": (4, 5)}),
     "iri": Given(
@@ -326,6 +362,7 @@ GIVEN: dict[str, Given] = {
             "feed_forward_strength": (0.16, 0.0, 0.3, 0.6),
         },
         fit=steer_fits.recovery,
+        everywhere=True,
     ),
     "locore": Given({LAYERS: (ALL, *RUNS), "window": (5, 1, 2, 10, 28), "beta": (0.1, 0.3, 1.0, 3.0, 8.0)}),
     "lol": Given(
@@ -343,7 +380,7 @@ GIVEN: dict[str, Given] = {
     ),
     "lqcd": Given(
         {
-            "cue": ("yes", "there are five objects", "is there a", "more", "describe the image"),
+            "cue": ("yes", "with", "more", "there are five objects", "is there a"),
             "tail": (1, 0),
             "alpha": (1.0, 0.1, 0.25, 0.5, 2.0),
             "beta": CUTS,

@@ -1,34 +1,39 @@
 """Steering against hallucination on the tiny vision-language model `shapes`: every mechanism that its card lets run.
 
-The papers tune to each benchmark by itself, and so does each run of this case: `task=existence` to POPE,
-`task=captions` to CHAIR, `task=all` to both with one setting. Settings are chosen on scenes of other seeds (`tuning`)
-by the task's figures alone; every figure shown is of the test seeds. Besides: answers that need no image, other skills,
-and the seconds that a token takes longer. What cannot run says why.
+The papers tune to each benchmark by itself, and so does this case: a mechanism has a row a task, with a setting chosen
+for POPE (`existence`) or for CHAIR (`captions`) by that task's figures alone, on scenes of other seeds (`tuning`).
+Every figure shown is of the test seeds; those of the other task are shown too and do not count. Besides: answers that
+need no image, other skills, and the seconds that a token takes longer. What cannot run says why.
 
 The rule was set before any figure was seen. Gains are paired: on the same questions of one seed, a figure steered
 against the same figure unsteered, positive where it is better. The spread of a figure is half the range of the
 unsteered model's over the seeds. A mechanism *improves* if its mean gain in POPE accuracy or in CHAIR_I exceeds that
 figure's spread, and none of POPE accuracy, CHAIR_I and recall of captions loses more than its spread; of the three,
-those that the task asks about.
+those that the task asks about. The task `all` has one setting for all three.
 
-Added later: `paired` says whether the mean gain exceeds half the range of the gains themselves and no seed loses, which
-is no part of the rule; and more questions a seed, since the spread of seeds is mostly that of their questions. Of the
-settings tried, those that lose less than half a spread on the tuning seeds come first, and of these the one with the
-largest gain in spreads: the paper's setting, then settings drawn from `steers.GIVEN`, then what differs from the best
-so far in one value.
+Added later: more questions a seed, as the spread of seeds is mostly that of their questions; and `paired`, which says
+whether the mean gain exceeds half the range of the gains themselves and no seed loses. It is no part of the rule.
+
+Of the settings tried, those that lose less than a third of a spread on the tuning seeds come first, and of these the one
+with the largest gain in spreads. Tried are the paper's setting, then settings drawn from `steers.GIVEN`, then what differs
+from the best so far in one value. Both halves may run apart: `seeds=0` chooses, `chosen=FILE` tests what was chosen.
 """
 
+import json
 import multiprocessing
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache, partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from random import Random
 from statistics import mean, median, stdev
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import steers
 from regard import catalog
@@ -48,13 +53,17 @@ ROUNDING, LEAST = 1e-9, 1e-3
 ANSWERS_ALONE = 12
 # Columns of time, as they are for the model itself.
 TIMED = {"added ms a token": 0.0, "ms a request": 0.0}
-# Tuning scenes have seeds from here on; each seed takes a few numbers above itself.
+# Tuning scenes have seeds from here on.
 TUNING = 5_000
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is asked, where, and for how long settings may be tried, a mechanism."""
+    """How much is asked, where, and for how long settings may be tried, a mechanism and task.
+
+    `asked` and `tuned` are questions by sort. `pictures` is the file that holds the images of all exams, `chosen` that
+    of the settings; empty: there is none.
+    """
 
     device: str
     seeds: int
@@ -64,134 +73,210 @@ class Sizes:
     batch: int
     trials: int
     seconds: float
-    task: str
+    tasks: tuple[str, ...]
+    chosen: str
+    pictures: str = ""
 
 
 def run(
     seeds: int = 5,
-    existence: int = 3200,
-    captions: int = 800,
-    skills: int = 200,
-    tuning: int = 3,
-    share: int = 50,
-    batch: int = 1024,
-    trials: int = 40,
+    existence: int = 4000,
+    captions: int = 2000,
+    skills: int = 60,
+    tuning: int = 5,
+    tuned_existence: int = 960,
+    tuned_captions: int = 300,
+    batch: int = 2048,
+    trials: int = 60,
     workers: int = 0,
     seconds: int = 120,
     timed: int = 12,
-    task: str = "all",
+    tasks: str = "existence,captions",
     stems: str | None = None,
+    chosen: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A row for the model as it is, and one for every mechanism.
+    """For every task a row for the model as it is, and one for every mechanism.
 
     Args:
-        seeds: test seeds.
+        seeds: test seeds; 0: settings are chosen and not tested.
         existence: questions of this sort a test seed, as `hallucination.evaluate` takes them; 0: none.
         captions: the same.
         skills: the same.
         tuning: seeds on which settings are chosen.
-        share: questions a tuning seed, in percent of those of a test seed.
+        tuned_existence: questions of this sort a tuning seed.
+        tuned_captions: the same.
         batch: questions at a time.
-        trials: settings tried of a mechanism.
+        trials: settings tried of a mechanism for a task.
         workers: processes side by side; 0: none but this one.
-        seconds: no further setting of a mechanism is tried after so many.
+        seconds: no further setting of a mechanism is tried for a task after so many.
         timed: tokens of the answers by which time is measured.
-        task: all, existence or captions.
+        tasks: existence, captions or all; commas between them.
         stems: mechanisms, commas between them; None: all.
+        chosen: results of an earlier run, whose settings are taken; empty: they are chosen.
     """
     asked = {"existence": existence, "captions": captions, "skills": skills}
-    own = {name for name in ("existence", "captions") if choose("task", task, AIMS) in (name, "all")}
-    tuned = {name: max(number * share // 100, 4) for name, number in asked.items() if name in own}
+    tuned = {"existence": tuned_existence, "captions": tuned_captions}
+    named = tuple(choose("task", one, AIMS) for one in tasks.split(","))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    sizes = Sizes(device, seeds, tuning, tuple(asked.items()), tuple(tuned.items()), batch, trials, seconds, task)
+    limits = (batch, trials, seconds, named, chosen)
+    sizes = Sizes(device, seeds, tuning, tuple(asked.items()), tuple(tuned.items()), *limits)
     known = steers.mechanisms() if stems is None else {stem: catalog.find(stem) for stem in stems.split(",")}
-    done = judged(known, sizes, workers)
-    place = station(sizes)
-    spreads = {name: spread(_of(place.plain, name)) for name in place.plain[0]}
-    shown = summary(compared(place.plain, place.plain, task))
-    table = [{"method": "none", "improves": "", "paired": "", **shown, **TIMED, "why": {}, "seeds": place.plain}]
-    for (stem, entry), (row, setting) in zip(known.items(), done, strict=True):
-        cost = dict.fromkeys(TIMED) if setting is None else latency(place.bench, setting, timed)
-        table.append({"method": stem, **row, **cost, "site": entry.site, "sheet": entry.card.sheet})
-    told = facts.machine(place.bench.model) | {"model": facts.model_facts(place.bench.model), "spreads": spreads}
-    told |= {"task": task, "asked": asked, "tuned": tuned}
-    told |= {"test seeds": list(place.test.seeds), "tuning seeds": list(place.tune.seeds)}
-    told |= {"batch": batch, "workers": workers, "limit": seconds, "trials": trials}
-    for title, verdict in (("improving", "yes"), ("not improving", "no"), ("cannot run", "cannot run")):
-        told[title] = [row["method"] for row in table if row["improves"] == verdict]
-    return told | {"paired": [row["method"] for row in table if row["paired"] == "yes"]}, table
+    with TemporaryDirectory() as folder:
+        sizes = replace(sizes, pictures=f"{folder}/pictures.safetensors")
+        save_file(drawn(sizes), sizes.pictures)
+        done = judged(known, sizes, workers)
+        bench, table = station(sizes).bench, []
+        for task in named:
+            table.append(unsteered(sizes, task))
+            for stem, entry in known.items():
+                row, setting = done[stem][task]
+                cost = latency(bench, setting, timed) if setting is not None and seeds else dict.fromkeys(TIMED)
+                table.append(
+                    {"method": stem, "task": task, **row, **cost, "site": entry.site, "sheet": entry.card.sheet}
+                )
+        told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
+    told |= {"tasks": list(named), "asked": asked, "tuned": tuned, "batch": batch, "workers": workers}
+    told |= {"test seeds": list(_tests(sizes)), "tuning seeds": list(_tunings(sizes))}
+    told |= {"limit": seconds, "trials": trials, "chosen": Path(chosen).name}
+    return told | verdicts(table), table
+
+
+def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which mechanisms improve, in which task; which do in neither, and which cannot run."""
+    found: dict[str, Any] = {}
+    for title, column in (("improving", "improves"), ("paired", "paired")):
+        yes = [row for row in table if row[column] == "yes"]
+        found[title] = {task: [row["method"] for row in yes if row["task"] == task] for task in AIMS}
+    yes = {stem for stems in found["improving"].values() for stem in stems}
+    found["not improving"] = sorted({row["method"] for row in table if row["improves"] == "no"} - yes)
+    found["cannot run"] = sorted({row["method"] for row in table if row["improves"] == "cannot run"})
+    return found | {"improving in all": len(yes)}
+
+
+def drawn(sizes: Sizes) -> dict[str, torch.Tensor]:
+    """The images of all exams, so that no process draws them again."""
+    made = {task: steers.pictures(_tunings(sizes), _tuned(sizes, task)) for task in sizes.tasks if not sizes.chosen}
+    return made | ({"test": steers.pictures(_tests(sizes), dict(sizes.asked))} if sizes.seeds else {})
+
+
+@dataclass(eq=False)
+class Sitting:
+    """An exam, and how the unsteered model does in it."""
+
+    exam: steers.Exam
+    plain: list[dict[str, float]]
 
 
 @dataclass(eq=False)
 class Station:
-    """A process's model, its two exams, and how the model does unsteered."""
+    """A process's model, and its sittings by name: `test`, and what a task is tuned on."""
 
+    sizes: Sizes
     bench: Bench
-    tune: steers.Exam
-    test: steers.Exam
-    before: list[dict[str, float]]
-    plain: list[dict[str, float]]
+    images: dict[str, torch.Tensor]
+
+    def sitting(self, name: str) -> Sitting:
+        """Made when it is first needed."""
+        return self.bench.once(("sitting", name), lambda: self._sit(name))
+
+    def _sit(self, name: str) -> Sitting:
+        tested = name == "test"
+        seeds = _tests(self.sizes) if tested else _tunings(self.sizes)
+        asked = dict(self.sizes.asked) if tested else _tuned(self.sizes, name)
+        exam = steers.Exam(self.bench, seeds, asked, self.sizes.batch, self.images[name])
+        return Sitting(exam, exam.figures())
 
 
 @cache
 def station(sizes: Sizes) -> Station:
     """The station of this process."""
-    bench = Bench.open(sizes.device)
-    # A seed's own scenes have seeds up to 7 above it.
-    seeds = range(TUNING, TUNING + 10 * sizes.tuning, 10)
-    tune = steers.Exam(bench, seeds, dict(sizes.tuned), sizes.batch)
-    test = steers.Exam(bench, range(0, 10 * sizes.seeds, 10), dict(sizes.asked), sizes.batch)
-    return Station(bench, tune, test, tune.figures(), test.figures())
+    return Station(sizes, Bench.open(sizes.device), load_file(sizes.pictures))
 
 
-def judged(stems: Iterable[str], sizes: Sizes, workers: int) -> list[tuple[dict[str, Any], Setting | None]]:
+Judged = dict[str, tuple[dict[str, Any], Setting | None]]
+
+
+def judged(stems: Iterable[str], sizes: Sizes, workers: int) -> dict[str, Judged]:
     """`judge` of each, by `workers` processes or by this one."""
     if not workers:
-        return [judge(stem, sizes) for stem in stems]
-    spawn = multiprocessing.get_context("spawn")
+        return {stem: judge(stem, sizes) for stem in stems}
+    spawn, done = multiprocessing.get_context("spawn"), {}
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        done = pool.map(partial(judge, sizes=sizes), stems)
-        # This process makes its own meanwhile.
-        station(sizes)
-        return list(done)
+        asked = {pool.submit(judge, stem, sizes): stem for stem in stems}
+        for one in as_completed(asked):
+            done[asked[one]] = one.result()
+            for task, (row, _) in one.result().items():
+                print(asked[one], task, row["improves"], json.dumps(row.get("choice", row["why"])), flush=True)
+    return done
 
 
-def judge(stem: str, sizes: Sizes) -> tuple[dict[str, Any], Setting | None]:
-    """A mechanism's row, but for its time, and the setting that was chosen; None: it cannot run, as the row says."""
-    place, began = station(sizes), time.monotonic()
-    try:
-        tried = list(trials(stem, place, sizes))
-        setting, _ = max(tried, key=lambda one: merit(one[1]))
-        found = place.test.figures(setting)
-        result = compared(found, place.plain, sizes.task)
-        asked, same = place.test.alone(setting, ANSWERS_ALONE)
-    except Exception as error:
-        # One mechanism that fails must not lose the others' figures.
-        why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
-        blank = dict.fromkeys(summary(compared(place.plain, place.plain, sizes.task)))
-        return {"improves": "cannot run", "paired": "", **blank, "why": why}, None
-    verdicts = {name: "yes" if result.pop(name) else "no" for name in ("improves", "paired")}
-    row = {**verdicts, **summary(result), "why": {}, "chosen": setting.told(), "alone": {"asked": asked, "same": same}}
-    row["tried"] = [one.told() | {"merit": merit(told), "mean": told["mean"]} for one, told in tried]
-    return row | {"seeds": found, **result, "seconds": time.monotonic() - began}, setting
+def judge(stem: str, sizes: Sizes) -> Judged:
+    """By task a mechanism's row, but for its time, and the setting that was chosen; None: the row says why."""
+    found: Judged = {}
+    for task in sizes.tasks:
+        try:
+            found[task] = judge_task(stem, station(sizes), task)
+        except Exception as error:
+            # One mechanism that fails must not lose the others' figures.
+            why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
+            found[task] = {"improves": "cannot run", "paired": "", **_blank(), "why": why}, None
+    return found
 
 
-def trials(stem: str, place: Station, sizes: Sizes) -> Iterator[tuple[Setting, dict[str, Any]]]:
+def judge_task(stem: str, place: Station, task: str) -> tuple[dict[str, Any], Setting | None]:
+    """The same of one task."""
+    began, tried = time.monotonic(), []
+    if place.sizes.chosen:
+        choice = steers.choice(stem, earlier(place.sizes.chosen).get((stem, task), steers.usual(stem)))
+        setting = steers.made(place.bench, stem, choice, task)
+    else:
+        tried = list(trials(stem, place, task))
+        choice, setting, _ = max(tried, key=lambda one: merit(one[2]))
+    row: dict[str, Any] = {"improves": "", "paired": "", **_blank(), "why": {}, "choice": choice}
+    row["tried"] = [{**one, "merit": merit(told), "mean": told["mean"]} for one, _, told in tried]
+    if place.sizes.seeds:
+        test = place.sitting("test")
+        found = test.exam.figures(setting)
+        result = compared(found, test.plain, task)
+        asked, same = test.exam.alone(setting, ANSWERS_ALONE)
+        row |= {name: "yes" if result.pop(name) else "no" for name in ("improves", "paired")}
+        row |= {**summary(result), "alone": {"asked": asked, "same": same}, "seeds": found, **result}
+    return row | {"told": setting.told(), "seconds": time.monotonic() - began}, setting
+
+
+def unsteered(sizes: Sizes, task: str) -> dict[str, Any]:
+    """The row of the model as it is."""
+    row = {"method": "none", "task": task, "improves": "", "paired": ""}
+    if not sizes.seeds:
+        return {**row, **_blank(), **TIMED, "spread": {}}
+    plain = station(sizes).sitting("test").plain
+    result = compared(plain, plain, task)
+    return {**row, **summary(result), **TIMED, "why": {}, "seeds": plain, "spread": result["spread"]}
+
+
+@cache
+def earlier(path: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """What an earlier run chose, by mechanism and task; of what could not run there is nothing."""
+    rows = json.loads(Path(path).read_text())["rows"]
+    return {(row["method"], row["task"]): row["choice"] for row in rows if "choice" in row}
+
+
+def trials(stem: str, place: Station, task: str) -> Iterator[tuple[steers.Choice, Setting, dict[str, Any]]]:
     """Settings of a mechanism, each with what it changes on the tuning seeds; none twice."""
-    random, began, seen = Random(stem), time.monotonic(), []
-    best, most = steers.usual(stem), (False, float("-inf"))
+    random, seen, tune, sizes = Random(stem), [], place.sitting(task), place.sizes
+    best, most, began = steers.usual(stem), (False, float("-inf")), time.monotonic()
     for number in range(sizes.trials):
         if number and time.monotonic() - began > sizes.seconds:
             return
-        choice = best if not number else steers.drawn(stem, random, best if number > sizes.trials // 2 else None)
+        choice = best if not number else steers.drawn(stem, random, best if number > sizes.trials // 3 else None)
         if choice in seen:
             continue
         seen.append(choice)
-        setting = steers.made(place.bench, stem, choice, sizes.task)
-        told = compared(place.tune.figures(setting), place.before, sizes.task)
+        setting = steers.made(place.bench, stem, choice, task)
+        told = compared(tune.exam.figures(setting), tune.plain, task)
         if merit(told) > most:
             best, most = choice, merit(told)
-        yield setting, told
+        yield choice, setting, told
 
 
 def compared(own: Sequence[Mapping[str, float]], plain: Sequence[Mapping[str, float]], task: str) -> dict[str, Any]:
@@ -226,8 +311,8 @@ def spread(values: Sequence[float]) -> float:
 
 
 def merit(result: Mapping[str, Any]) -> tuple[bool, float]:
-    """How settings rank: those that lose less than half a spread first, then by the larger gain in spreads."""
-    return result["lost"] < 0.5, result["won"]
+    """How settings rank: those that lose less than a third of a spread first, then by the larger gain in spreads."""
+    return result["lost"] < 1 / 3, result["won"]
 
 
 def latency(bench: Bench, setting: Setting, count: int, repeats: int = 3) -> dict[str, Any]:
@@ -235,10 +320,10 @@ def latency(bench: Bench, setting: Setting, count: int, repeats: int = 3) -> dic
 
     Such are sets of tokens, another view, or a picture drawn from a first caption.
     """
-    image = torch.zeros(vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
+    image = torch.zeros(1, vlm.SIDE, vlm.SIDE, 3, dtype=torch.uint8)
 
     def once(one: Setting | None) -> tuple[float, float]:
-        batch = bench.batch([image], [ask.TEXTS["caption"]])
+        batch = bench.batch(image, [ask.TEXTS["caption"]])
         with torch.no_grad():
             marks = [_now(bench)]
             steers.ready(bench, batch, one)
@@ -268,6 +353,23 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
             columns[name] = mean(_of(result["plain"], name)) + (-gain if name in LESS else gain)
             columns[f"+{name}"] = gain
     return columns
+
+
+def _blank() -> dict[str, None]:
+    return {f"{sign}{name}": None for name in PRINTED for sign in ("", "+")}
+
+
+def _tests(sizes: Sizes) -> range:
+    return range(0, 10 * sizes.seeds, 10)
+
+
+def _tunings(sizes: Sizes) -> range:
+    # A seed's own scenes have seeds up to 7 above it.
+    return range(TUNING, TUNING + 10 * sizes.tuning, 10)
+
+
+def _tuned(sizes: Sizes, task: str) -> dict[str, int]:
+    return {name: number for name, number in sizes.tuned if task in (name, "all")}
 
 
 def _of(rows: Sequence[Mapping[str, float]], name: str) -> list[float]:

@@ -1,9 +1,11 @@
 """The cases that steer the tiny vision-language model: their rule by hand, and one run too small to show anything."""
 
+import json
 from random import Random
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("PIL", reason="transformers reads images with pillow")
 
@@ -11,6 +13,7 @@ import steer_bench
 import steers
 from cases import steered, steering
 from regard import catalog
+from regard.measure import hallucination
 from regard.measure import scene_questions as ask
 
 
@@ -84,21 +87,37 @@ def test_agreement_by_hand():
     assert row["shown"] == [{"asked": "c", "dense": "1", "steering": "3", "both": "4", "margin": 2.5}]
 
 
-def test_both_cases_run(monkeypatch):
+def test_batches_are_what_the_processor_makes():
+    bench = steer_bench.Bench.open("cpu")
+    for quiz in hallucination.quizzes(existence=4, captions=2, seed=4).values():
+        images = quiz.show()
+        made = bench.batch(images, quiz.texts).inputs
+        texts = [hallucination.prompt(bench.processor, text) for text in quiz.texts]
+        wanted = bench.processor(images=list(images), text=texts, return_tensors="pt", padding=True)
+        assert made.keys() == wanted.keys()
+        for name, x in made.items():
+            torch.testing.assert_close(x, wanted[name], rtol=0, atol=1e-6)
+
+
+def test_both_cases_run(monkeypatch, tmp_path):
     """One mechanism that is told the images' tokens, and one that cannot be attached."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(steer_bench, "LONG", 3)
-    small = {"captions": 2, "task": "captions", "stems": "gift,aia"}
-    facts, rows = steering.run(**small, existence=0, skills=0, seeds=1, tuning=1, share=100, trials=2, timed=1)
+    small = {"captions": 2, "stems": "gift,aia"}
+    halves = {"tuned_captions": 2, "tuned_existence": 0, "existence": 0, "skills": 0, "tuning": 1, "tasks": "captions"}
+    facts, rows = steering.run(**small, **halves, seeds=0, trials=2)
+    (tmp_path / "chosen.json").write_text(json.dumps({"rows": rows}))
+    assert (len(rows[1]["tried"]), rows[1]["improves"], facts["test seeds"]) == (2, "", [])
+    facts, rows = steering.run(**small, **halves, seeds=1, timed=1, chosen=str(tmp_path / "chosen.json"))
     none, gift, aia = rows
     assert [row["method"] for row in rows] == ["none", "gift", "aia"]
-    assert none.keys() - {"seeds"} <= gift.keys() & aia.keys()
+    assert none.keys() - {"seeds", "spread"} <= gift.keys() & aia.keys()
     assert gift["improves"] in ("yes", "no")
     assert gift["alone"] == {"asked": 2, "same": 2}
     assert gift["seeds"][0]["chair_i"] == pytest.approx(none["chair_i"] - gift["gains"]["chair_i"][0])
     assert set(facts["test seeds"]).isdisjoint(facts["tuning seeds"])
-    assert (aia["improves"], aia["recall"]) == ("cannot run", None)
+    assert (aia["improves"], aia["recall"], facts["cannot run"]) == ("cannot run", None, ["aia"])
     assert "is added to a loss" in aia["why"]["said"]
-    facts, rows = steered.run(**small, steps=1)
+    facts, rows = steered.run(**small, task="captions", steps=1)
     assert [(row["recipe"], row["method"], row["asked"]) for row in rows] == [("int4", "gift", 2), ("duo", "gift", 2)]
     assert "is added to a loss" in facts["cannot run"]["aia"]

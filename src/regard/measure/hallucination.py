@@ -97,12 +97,12 @@ class Quiz:
     """Questions of one sort, and what becomes of the answers.
 
     Args:
-        images: uint8 [64, 64, 3], one a question.
+        show: draws the images, `[N, 64, 64, 3]` uint8, one a question.
         texts: the questions.
         figures: of an answer to each.
     """
 
-    images: Sequence[Tensor]
+    show: Callable[[], Tensor]
     texts: Sequence[str]
     figures: Callable[[Sequence[str]], Any]
 
@@ -112,7 +112,7 @@ class Quiz:
         Raises:
             RegardError: it does not answer every question.
         """
-        said = answer(self.images, self.texts)
+        said = answer(list(self.show()), self.texts)
         if len(said) != len(self.texts):
             raise RegardError(f"expected an answer to each of {len(self.texts)} questions, got {len(said)}")
         return self.figures(said)
@@ -209,8 +209,10 @@ def existence_quiz(scenes: int, seed: int) -> Quiz:
         by_sort = {sort: said[at :: len(sorts)] for at, sort in enumerate(sorts)}
         return {sort: tally(by_sort["present"], by_sort[sort]) for sort in NEGATIVES}
 
-    images = render(drawn, seed=seed).repeat_interleave(len(sorts), 0)
-    return Quiz(list(images), [one.text for one in asked], figures)
+    def show() -> Tensor:
+        return render(drawn, seed=seed).repeat_interleave(len(sorts), 0)
+
+    return Quiz(show, [one.text for one in asked], figures)
 
 
 def negative(things: Sequence[Thing], sort: str, random: Random) -> str:
@@ -260,7 +262,7 @@ def captions_quiz(scenes: int, seed: int) -> Quiz:
     drawn = unlikely(scenes, seed)
     things = drawn.things()
     texts = [ask.caption(one).text for one in things]
-    return Quiz(list(render(drawn, seed=seed)), texts, partial(count_named, scenes=things))
+    return Quiz(partial(render, drawn, seed=seed), texts, partial(count_named, scenes=things))
 
 
 def count_named(captions: Sequence[str], scenes: Sequence[Sequence[Thing]]) -> Captions:
@@ -297,26 +299,29 @@ def skill_quizzes(questions: int, seed: int) -> dict[str, Quiz]:
     skills |= {name: lambda things, random, one=one: one(random) for name, one in ask.ABOUT_NONE.items()}
     for skill, question in skills.items():
         seed += 1
-        pairs = list(_askable(unlikely(4 * questions, seed), question, random, questions))
-        rights = [one.answer for _, one in pairs]
-        made[skill] = Quiz([image for image, _ in pairs], [one.text for _, one in pairs], partial(_share, rights))
+        scenes = unlikely(4 * questions, seed)
+        asked = list(_askable(scenes, question, random))[:questions]
+        show = partial(_some, scenes, [at for at, _ in asked], questions)
+        rights = [one.answer for _, one in asked]
+        made[skill] = Quiz(show, [one.text for _, one in asked], partial(_share, rights))
     return made
+
+
+def _some(scenes: Scenes, which: list[int], seed: int) -> Tensor:
+    """Some of the pictures, as they are among all."""
+    return render(scenes, seed=seed)[which]
 
 
 def _share(rights: Sequence[str], said: Sequence[str]) -> float:
     return sum(text.strip() == right for text, right in zip(said, rights, strict=True)) / len(rights)
 
 
-def _askable(
-    scenes: Scenes, question: Callable[..., Any], random: Random, most: int
-) -> Iterator[tuple[Tensor, ask.Question]]:
-    """Images with a question each, of the scenes that can be asked it."""
-    images = render(scenes, seed=most)
-    for image, things in zip(images, scenes.things(), strict=True):
+def _askable(scenes: Scenes, question: Callable[..., Any], random: Random) -> Iterator[tuple[int, ask.Question]]:
+    """Of the scenes that can be asked it: which, and the question."""
+    for at, things in enumerate(scenes.things()):
         one = question(things, random)
-        if one is not None and most > 0:
-            most -= 1
-            yield image, one
+        if one is not None:
+            yield at, one
 
 
 def _first(text: str) -> str:
