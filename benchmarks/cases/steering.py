@@ -14,9 +14,9 @@ those that the task asks about. The task `all` has one setting for all three.
 Added later: more questions a seed, as the spread of seeds is mostly that of their questions; and `paired`, which says
 whether the mean gain exceeds half the range of the gains themselves and no seed loses. It is no part of the rule.
 
-Of the settings tried, those that lose less than a third of a spread on the tuning seeds come first, and of these the one
-with the largest gain in spreads. Tried are the paper's setting, then settings drawn from `steers.GIVEN`, then what differs
-from the best so far in one value. Both halves may run apart: `seeds=0` chooses, `chosen=FILE` tests what was chosen.
+Of the settings tried, those that lose less than a third of a spread on the tuning seeds come first, and of these the
+one with the largest gain in spreads. Tried are the paper's setting, then settings drawn from `steers.GIVEN`, then what
+differs from the best so far in one value. Both halves may run apart: `seeds=0` chooses, `chosen=FILE` tests that.
 """
 
 import json
