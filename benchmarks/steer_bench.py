@@ -86,8 +86,8 @@ class Bench(Kept):
 
         What the processor makes of them, without its loop over images.
         """
-        prompts = [hallucination.prompt(self.processor, text) for text in texts]
-        prompts = [prompt + end for prompt, end in zip(prompts, ends or [""] * len(texts), strict=True)]
+        chats = {text: hallucination.prompt(self.processor, text) for text in set(texts)}
+        prompts = [chats[text] + end for text, end in zip(texts, ends or [""] * len(texts), strict=True)]
         # A patch is a token; the class token is left out.
         wide = [prompt.replace(vlm.IMAGE, vlm.IMAGE * (vlm.SIDE // vlm.PATCH) ** 2) for prompt in prompts]
         made = self.processor.tokenizer(wide, return_tensors="pt", padding=True)

@@ -15,14 +15,14 @@ Added later: more questions a seed, as the spread of seeds is mostly that of the
 whether the mean gain exceeds half the range of the gains themselves and no seed loses. It is no part of the rule.
 
 Of the settings tried, those that lose less than a third of a spread on the tuning seeds come first, and of these the
-one with the largest gain in spreads. Tried are the paper's setting, then settings drawn from `steers.GIVEN`, then what
-differs from the best so far in one value. Both halves may run apart: `seeds=0` chooses, `chosen=FILE` tests that.
+one with the largest gain in spreads. Tried are the paper's setting, what earlier searches found on tuning scenes
+(`steers.FOUND`), then settings drawn from `steers.GIVEN` and what differs from the best so far in one value.
 """
 
 import json
 import multiprocessing
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 
 import steers
 from regard import catalog
-from regard.core.errors import choose
+from regard.core.errors import RegardError, choose
 from regard.measure import scene_questions as ask
 from regard.models import vlm
 from regard.search import facts
@@ -50,7 +50,7 @@ LESS = ("chair_s", "chair_i")
 PRINTED = ("accuracy", "f1", "chair_s", "chair_i", "recall", "neutral")
 # Gains that are a spread but for rounding do not exceed it; and the least spread that gains are counted in.
 ROUNDING, LEAST = 1e-9, 1e-3
-ANSWERS_ALONE = 12
+ANSWERS_ALONE = 6
 # Columns of time, as they are for the model itself.
 TIMED = {"added ms a token": 0.0, "ms a request": 0.0}
 # Tuning scenes have seeds from here on.
@@ -61,8 +61,8 @@ TUNING = 5_000
 class Sizes:
     """How much is asked, where, and for how long settings may be tried, a mechanism and task.
 
-    `asked` and `tuned` are questions by sort. `pictures` is the file that holds the images of all exams, `chosen` that
-    of the settings; empty: there is none.
+    `asked` and `tuned` are questions by sort. `pictures` is the file that holds the images of all exams; `stop` is the
+    time of `time.time()` after which nothing is begun, 0: none.
     """
 
     device: str
@@ -74,31 +74,32 @@ class Sizes:
     trials: int
     seconds: float
     tasks: tuple[str, ...]
-    chosen: str
+    stop: float
     pictures: str = ""
 
 
 def run(
     seeds: int = 5,
     existence: int = 4000,
-    captions: int = 2000,
+    captions: int = 3000,
     skills: int = 60,
     tuning: int = 5,
     tuned_existence: int = 960,
     tuned_captions: int = 300,
     batch: int = 2048,
-    trials: int = 60,
+    trials: int = 24,
     workers: int = 0,
     seconds: int = 120,
-    timed: int = 12,
+    until: int = 0,
+    timed: int = 8,
     tasks: str = "existence,captions",
     stems: str | None = None,
-    chosen: str = "",
+    lines: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """For every task a row for the model as it is, and one for every mechanism.
 
     Args:
-        seeds: test seeds; 0: settings are chosen and not tested.
+        seeds: test seeds; 0: settings are searched and not tested.
         existence: questions of this sort a test seed, as `hallucination.evaluate` takes them; 0: none.
         captions: the same.
         skills: the same.
@@ -106,39 +107,38 @@ def run(
         tuned_existence: questions of this sort a tuning seed.
         tuned_captions: the same.
         batch: questions at a time.
-        trials: settings tried of a mechanism for a task.
+        trials: settings tried of a mechanism for a task; those that were found are, in any case.
         workers: processes side by side; 0: none but this one.
         seconds: no further setting of a mechanism is tried for a task after so many.
+        until: no mechanism is begun after so many; 0: all are.
         timed: tokens of the answers by which time is measured.
         tasks: existence, captions or all; commas between them.
-        stems: mechanisms, commas between them; None: all.
-        chosen: results of an earlier run, whose settings are taken; empty: they are chosen.
+        stems: mechanisms, commas between them, in the order in which they are begun; None: all.
+        lines: a file to which every row is added as soon as it is known; empty: none.
     """
     asked = {"existence": existence, "captions": captions, "skills": skills}
     tuned = {"existence": tuned_existence, "captions": tuned_captions}
     named = tuple(choose("task", one, AIMS) for one in tasks.split(","))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    limits = (batch, trials, seconds, named, chosen)
+    limits = (batch, trials, seconds, named, time.time() + until if until else 0.0)
     sizes = Sizes(device, seeds, tuning, tuple(asked.items()), tuple(tuned.items()), *limits)
     known = steers.mechanisms() if stems is None else {stem: catalog.find(stem) for stem in stems.split(",")}
     with TemporaryDirectory() as folder:
         sizes = replace(sizes, pictures=f"{folder}/pictures.safetensors")
         save_file(drawn(sizes), sizes.pictures)
-        done = judged(known, sizes, workers)
+        done = judged([(stem, task) for stem in known for task in named], sizes, workers, lines)
         bench, table = station(sizes).bench, []
         for task in named:
             table.append(unsteered(sizes, task))
             for stem, entry in known.items():
-                row, setting = done[stem][task]
+                row, setting = done[stem, task]
                 cost = latency(bench, setting, timed) if setting is not None and seeds else dict.fromkeys(TIMED)
-                table.append(
-                    {"method": stem, "task": task, **row, **cost, "site": entry.site, "sheet": entry.card.sheet}
-                )
+                card = {"site": entry.site, "sheet": entry.card.sheet}
+                table.append({"method": stem, "task": task, **row, **cost, **card})
         told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
     told |= {"tasks": list(named), "asked": asked, "tuned": tuned, "batch": batch, "workers": workers}
     told |= {"test seeds": list(_tests(sizes)), "tuning seeds": list(_tunings(sizes))}
-    told |= {"limit": seconds, "trials": trials, "chosen": Path(chosen).name}
-    return told | verdicts(table), table
+    return told | {"limit": seconds, "until": until, "trials": trials} | verdicts(table), table
 
 
 def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def drawn(sizes: Sizes) -> dict[str, torch.Tensor]:
     """The images of all exams, so that no process draws them again."""
-    made = {task: steers.pictures(_tunings(sizes), _tuned(sizes, task)) for task in sizes.tasks if not sizes.chosen}
+    made = {task: steers.pictures(_tunings(sizes), _tuned(sizes, task)) for task in sizes.tasks}
     return made | ({"test": steers.pictures(_tests(sizes), dict(sizes.asked))} if sizes.seeds else {})
 
 
@@ -193,45 +193,51 @@ def station(sizes: Sizes) -> Station:
     return Station(sizes, Bench.open(sizes.device), load_file(sizes.pictures))
 
 
-Judged = dict[str, tuple[dict[str, Any], Setting | None]]
+Job = tuple[str, str]
+Judged = tuple[dict[str, Any], Setting | None]
 
 
-def judged(stems: Iterable[str], sizes: Sizes, workers: int) -> dict[str, Judged]:
-    """`judge` of each, by `workers` processes or by this one."""
+def judged(jobs: Sequence[Job], sizes: Sizes, workers: int, lines: str) -> dict[Job, Judged]:
+    """`judge` of each mechanism and task, by `workers` processes or by this one."""
+    done: dict[Job, Judged] = {}
+
+    def keep(job: Job, found: Judged) -> None:
+        done[job] = found
+        if lines:
+            with Path(lines).open("a") as file:
+                file.write(json.dumps({"method": job[0], "task": job[1], **found[0]}) + "\n")
+
     if not workers:
-        return {stem: judge(stem, sizes) for stem in stems}
-    spawn, done = multiprocessing.get_context("spawn"), {}
+        for job in jobs:
+            keep(job, judge(job, sizes))
+        return done
+    spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        asked = {pool.submit(judge, stem, sizes): stem for stem in stems}
+        asked = {pool.submit(judge, job, sizes): job for job in jobs}
+        # This process asks the unsteered model meanwhile.
+        for task in sizes.tasks:
+            unsteered(sizes, task)
         for one in as_completed(asked):
-            done[asked[one]] = one.result()
-            for task, (row, _) in one.result().items():
-                print(asked[one], task, row["improves"], json.dumps(row.get("choice", row["why"])), flush=True)
+            keep(asked[one], one.result())
     return done
 
 
-def judge(stem: str, sizes: Sizes) -> Judged:
-    """By task a mechanism's row, but for its time, and the setting that was chosen; None: the row says why."""
-    found: Judged = {}
-    for task in sizes.tasks:
-        try:
-            found[task] = judge_task(stem, station(sizes), task)
-        except Exception as error:
-            # One mechanism that fails must not lose the others' figures.
-            why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
-            found[task] = {"improves": "cannot run", "paired": "", **_blank(), "why": why}, None
-    return found
+def judge(job: Job, sizes: Sizes) -> Judged:
+    """A mechanism's row, but for its time, and the setting that was chosen; None: the row says why."""
+    try:
+        if sizes.stop and time.time() > sizes.stop:
+            raise RegardError("there was no time left")
+        return judge_task(*job, station(sizes))
+    except Exception as error:
+        # One mechanism that fails must not lose the others' figures.
+        why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
+        return {"improves": "cannot run", "paired": "", **_blank(), "why": why}, None
 
 
-def judge_task(stem: str, place: Station, task: str) -> tuple[dict[str, Any], Setting | None]:
-    """The same of one task."""
-    began, tried = time.monotonic(), []
-    if place.sizes.chosen:
-        choice = steers.choice(stem, earlier(place.sizes.chosen).get((stem, task), steers.usual(stem)))
-        setting = steers.made(place.bench, stem, choice, task)
-    else:
-        tried = list(trials(stem, place, task))
-        choice, setting, _ = max(tried, key=lambda one: merit(one[2]))
+def judge_task(stem: str, task: str, place: Station) -> Judged:
+    """The same, or what it raises."""
+    began, tried = time.monotonic(), list(trials(stem, place, task))
+    choice, setting, _ = max(tried, key=lambda one: merit(one[2]))
     row: dict[str, Any] = {"improves": "", "paired": "", **_blank(), "why": {}, "choice": choice}
     row["tried"] = [{**one, "merit": merit(told), "mean": told["mean"]} for one, _, told in tried]
     if place.sizes.seeds:
@@ -254,21 +260,16 @@ def unsteered(sizes: Sizes, task: str) -> dict[str, Any]:
     return {**row, **summary(result), **TIMED, "why": {}, "seeds": plain, "spread": result["spread"]}
 
 
-@cache
-def earlier(path: str) -> dict[tuple[str, str], dict[str, Any]]:
-    """What an earlier run chose, by mechanism and task; of what could not run there is nothing."""
-    rows = json.loads(Path(path).read_text())["rows"]
-    return {(row["method"], row["task"]): row["choice"] for row in rows if "choice" in row}
-
-
 def trials(stem: str, place: Station, task: str) -> Iterator[tuple[steers.Choice, Setting, dict[str, Any]]]:
     """Settings of a mechanism, each with what it changes on the tuning seeds; none twice."""
     random, seen, tune, sizes = Random(stem), [], place.sitting(task), place.sizes
     best, most, began = steers.usual(stem), (False, float("-inf")), time.monotonic()
-    for number in range(sizes.trials):
+    first = [best, *(best | one for one in steers.FOUND.get((stem, task), ()))]
+    for number in range(max(sizes.trials, len(first))):
         if number and time.monotonic() - began > sizes.seconds:
             return
-        choice = best if not number else steers.drawn(stem, random, best if number > sizes.trials // 3 else None)
+        near = best if number > sizes.trials // 3 else None
+        choice = first[number] if number < len(first) else steers.drawn(stem, random, near)
         if choice in seen:
             continue
         seen.append(choice)
@@ -315,7 +316,7 @@ def merit(result: Mapping[str, Any]) -> tuple[bool, float]:
     return result["lost"] < 1 / 3, result["won"]
 
 
-def latency(bench: Bench, setting: Setting, count: int, repeats: int = 3) -> dict[str, Any]:
+def latency(bench: Bench, setting: Setting, count: int, repeats: int = 2) -> dict[str, Any]:
     """Seconds of one caption, steered and not, in turns: a token, prompt included, and what is made of its image first.
 
     Such are sets of tokens, another view, or a picture drawn from a first caption.

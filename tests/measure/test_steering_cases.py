@@ -105,14 +105,14 @@ def test_both_cases_run(monkeypatch, tmp_path):
     monkeypatch.setattr(steer_bench, "LONG", 3)
     small = {"captions": 2, "stems": "gift,aia"}
     halves = {"tuned_captions": 2, "tuned_existence": 0, "existence": 0, "skills": 0, "tuning": 1, "tasks": "captions"}
-    facts, rows = steering.run(**small, **halves, seeds=0, trials=2)
-    (tmp_path / "chosen.json").write_text(json.dumps({"rows": rows}))
-    assert (len(rows[1]["tried"]), rows[1]["improves"], facts["test seeds"]) == (2, "", [])
-    facts, rows = steering.run(**small, **halves, seeds=1, timed=1, chosen=str(tmp_path / "chosen.json"))
+    lines = tmp_path / "rows"
+    facts, rows = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
+    assert [json.loads(line)["method"] for line in lines.read_text().splitlines()] == ["gift", "aia"]
     none, gift, aia = rows
     assert [row["method"] for row in rows] == ["none", "gift", "aia"]
     assert none.keys() - {"seeds", "spread"} <= gift.keys() & aia.keys()
-    assert gift["improves"] in ("yes", "no")
+    assert (gift["improves"] in ("yes", "no"), len(gift["tried"])) == (True, 2)
+    assert gift["choice"] in [{name: one[name] for name in gift["choice"]} for one in gift["tried"]]
     assert gift["alone"] == {"asked": 2, "same": 2}
     assert gift["seeds"][0]["chair_i"] == pytest.approx(none["chair_i"] - gift["gains"]["chair_i"][0])
     assert set(facts["test seeds"]).isdisjoint(facts["tuning seeds"])
