@@ -69,15 +69,15 @@ def preferences(task: str, denies: bool = True) -> list[Preference]:
 
 
 def projectors(
-    bench: Bench, setting: Setting, *, count: int = 320, epochs: int = 1, rate: float = 3e-4
+    bench: Bench, setting: Setting, *, sides: Sequence[str], rate: float, count: int = 320
 ) -> dict[str, Tensor]:
-    """DCD: projectors of right and of wrong answers."""
+    """DCD: projectors of right and of wrong answers, or of the latter alone."""
     pairs = []
     for image, text, right, wrong in preferences(setting.task)[:count]:
         given = bench.batch(image[None], [text]).inputs
         chosen, rejected = (torch.tensor(bench.ids(f"{answer} {vlm.END}")) for answer in (right, wrong))
         pairs.append(dcd.Pair(given["input_ids"][0].cpu(), chosen, rejected, {"pixel_values": given["pixel_values"]}))
-    return dcd.fit(bench.model, pairs=pairs, epochs=epochs, rate=rate)
+    return dcd.fit(bench.model, pairs=pairs, sides=sides, epochs=1, rate=rate)
 
 
 def amateur(bench: Bench, batch: Batch, setting: Setting, *, denies: bool = True) -> nn.Module | None:

@@ -333,7 +333,12 @@ GIVEN: dict[str, Given] = {
         fit=steer_fits.balance,
     ),
     "dcd": Given(
-        {"alpha": (1.0, 0.1, 0.25, 0.5, 2.0), "beta": CUTS},
+        {
+            "alpha": (1.0, 0.1, 0.25, 0.5, 2.0),
+            "beta": CUTS,
+            "sides": (("positive", "negative"), ("negative",)),
+            "rate": (3e-4, 1e-4, 3e-5, 1e-5),
+        },
         fit=steer_fits.projectors,
         everywhere=True,
     ),
@@ -393,10 +398,57 @@ GIVEN: dict[str, Given] = {
     ),
     "vhr": Given({LAYERS: ((18, 32), *RUNS), "alpha": (2.0, 1.1, 1.25, 1.5), "outliers": ("drop", "keep")}),
 }
-# What searches of 60 s each on tuning scenes ended with, by mechanism and task: what differs from the paper's.
+LAST, LAST_BUT_ONE = (26, 32), (21, 27)
+BLIND: Choice = {"strength": 0.25, "omega": 0.0, "refocus": 0.0}
+# What searches and trials on tuning scenes left, by mechanism and task: what differs from the paper's.
 FOUND: dict[tuple[str, str], Sequence[Choice]] = {
+    ("act", "existence"): ({LAYERS: (21, 32), "beta": 0.0}, {LAYERS: LAST, "theta": 0.02}),
+    ("act", "captions"): ({"theta": 0.06}, {LAYERS: (0, 27), "theta": 0.02, "beta": 0.2}),
+    ("agla", "existence"): ({"alpha": 1.0, "beta": 0.1}, {"alpha": 4.0}),
+    ("agla", "captions"): ({"alpha": 0.25, "beta": 0.75, "similarity": 0.1},),
+    ("anchor_edit", "existence"): ({LAYERS: LAST_BUT_ONE, "alpha": 0.3, "beta": 0.0}, {LAYERS: (16, 32), "alpha": 0.3}),
+    ("anchor_edit", "captions"): (
+        {LAYERS: (10, 16), "alpha": 0.3, "beta": 0.0},
+        {LAYERS: (5, 11), "alpha": 1.0, "beta": 1.0},
+    ),
+    ("carve", "existence"): (
+        {"share": 0.8, "kept": 20, "floor": 0.01},
+        {"share": 0.95, "kept": 20, "floor": 0.1},
+    ),
+    ("damro", "existence"): ({"alpha": 0.1, "outliers": 1}, {"alpha": 0.25, "outliers": 4}),
+    ("damro", "captions"): (
+        {"alpha": 0.25, "beta": 0.25, "outliers": 1},
+        {"alpha": 0.1, "beta": 0.25, "outliers": 1},
+        {"alpha": 0.25, "beta": 0.5, "outliers": 1},
+        {"alpha": 0.5, "beta": 0.25, "outliers": 1},
+    ),
+    ("dara", "existence"): ({LAYERS: ALL}, {LAYERS: ALL, TIMES: 2.0}),
+    ("dara", "captions"): ({LAYERS: ALL}, {LAYERS: ALL, TIMES: 0.5}),
+    ("dcd", "existence"): ({"rate": 3e-5}, {"rate": 3e-5, "alpha": 0.25}),
+    ("dcd", "captions"): tuple({"rate": 3e-5, "alpha": alpha, "beta": 0.25} for alpha in (0.25, 0.1, 0.5)),
     ("gift", "existence"): ({"alpha": 1.0, "sources": "1"},),
     ("gift", "captions"): ({"alpha": 1.0, "sources": "3", "last": 5},),
-    ("iri", "existence"): ({"sources": 6, "targets": 4, "attention_strength": 0.5, "feed_forward_strength": 0.3},),
-    ("iri", "captions"): ({"sources": 2, "targets": 1, "attention_strength": 0.1, "feed_forward_strength": 0.6},),
+    ("iri", "existence"): (
+        {"sources": 6, "targets": 4, "attention_strength": 0.5, "feed_forward_strength": 0.3},
+        {"sources": 1, "targets": 2, "attention_strength": 0.5, "feed_forward_strength": 0.3},
+    ),
+    ("iri", "captions"): (
+        {"sources": 2, "targets": 1, "attention_strength": 0.1, "feed_forward_strength": 0.6},
+        {"sources": 2, "targets": 2, "attention_strength": 0.0, "feed_forward_strength": 0.3},
+    ),
+    ("locore", "captions"): ({LAYERS: (0, 22), "window": 1, "beta": 8.0},),
+    ("lol", "existence"): (
+        {"amateur": "exit", "strength": 2.0, "refocus": 1.0},
+        BLIND | {"denies": False},
+        BLIND | {"strength": 0.5, "denies": False},
+    ),
+    ("lol", "captions"): (BLIND | {"beta": 0.25}, BLIND | {"beta": 0.5}, BLIND | {"strength": 0.1, "beta": 0.25}),
+    ("lqcd", "existence"): ({"alpha": 0.5}, {"alpha": 2.0}),
+    ("lqcd", "captions"): ({"cue": "with", "alpha": 0.1, "beta": 0.25},),
+    ("paint", "existence"): ({LAYERS: (0, 6), "alpha": 0.1, "beta": 0.0},),
+    ("paint", "captions"): ({LAYERS: LAST, "beta": 0.6}, {LAYERS: LAST_BUT_ONE, "alpha": 0.1, "beta": 0.1}),
+    ("var", "existence"): ({LAYERS: ALL, "dimensions": "1", "tau": 5.0, "keep": 0.0, "rho": 1.0, "least": 0.0},),
+    ("var", "captions"): ({LAYERS: ALL, "dimensions": "1", "tau": 5.4, "keep": 0.0, "rho": 1.0, "least": 0.0},),
+    ("vhr", "existence"): ({LAYERS: (0, 16), "alpha": 1.5}, {LAYERS: (0, 16), "alpha": 1.25}),
+    ("vhr", "captions"): tuple({LAYERS: LAST, "alpha": alpha} for alpha in (1.25, 1.1, 1.5)),
 }

@@ -54,6 +54,8 @@ def test_what_is_tried_differs_from_the_best_in_one_value():
             choice = steers.drawn(stem, random, near)
             assert all(choice[name] in values for name, values in given.tried.items())
             assert near is None or sum(choice[name] != best[name] for name in best) == 1
+    for (stem, _), found in steers.FOUND.items():
+        assert all(one.keys() <= steers.usual(stem).keys() for one in found)
     assert steers.usual("aia") == {steers.TIMES: 1.0}
 
 
