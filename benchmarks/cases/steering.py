@@ -103,7 +103,7 @@ def run(
         existence: questions of this sort a test seed, as `hallucination.evaluate` takes them; 0: none.
         captions: the same.
         skills: the same.
-        tuning: seeds on which settings are chosen.
+        tuning: seeds on which settings are chosen; 0: the first of `steers.FOUND` is taken, or the paper's.
         tuned_existence: questions of this sort a tuning seed.
         tuned_captions: the same.
         batch: questions at a time.
@@ -155,7 +155,8 @@ def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def drawn(sizes: Sizes) -> dict[str, torch.Tensor]:
     """The images of all exams, so that no process draws them again."""
-    made = {task: steers.pictures(_tunings(sizes), _tuned(sizes, task)) for task in sizes.tasks}
+    tasks = sizes.tasks if sizes.tuning else ()
+    made = {task: steers.pictures(_tunings(sizes), _tuned(sizes, task)) for task in tasks}
     return made | ({"test": steers.pictures(_tests(sizes), dict(sizes.asked))} if sizes.seeds else {})
 
 
@@ -236,8 +237,13 @@ def judge(job: Job, sizes: Sizes) -> Judged:
 
 def judge_task(stem: str, task: str, place: Station) -> Judged:
     """The same, or what it raises."""
-    began, tried = time.monotonic(), list(trials(stem, place, task))
-    choice, setting, _ = max(tried, key=lambda one: merit(one[2]))
+    began, tried = time.monotonic(), []
+    if place.sizes.tuning:
+        tried = list(trials(stem, place, task))
+        choice, setting, _ = max(tried, key=lambda one: merit(one[2]))
+    else:
+        choice = steers.usual(stem) | next(iter(steers.FOUND.get((stem, task), ())), {})
+        setting = steers.made(place.bench, stem, choice, task)
     row: dict[str, Any] = {"improves": "", "paired": "", **_blank(), "why": {}, "choice": choice}
     row["tried"] = [{**one, "merit": merit(told), "mean": told["mean"]} for one, _, told in tried]
     if place.sizes.seeds:

@@ -110,6 +110,8 @@ def test_both_cases_run(monkeypatch, tmp_path):
     lines = tmp_path / "rows"
     facts, rows = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
     assert [json.loads(line)["method"] for line in lines.read_text().splitlines()] == ["gift", "aia"]
+    untried = {"stems": "gift", "captions": 2, **halves, "tuning": 0}
+    assert steering.run(**untried, seeds=1, timed=1)[1][1]["tried"] == []
     none, gift, aia = rows
     assert [row["method"] for row in rows] == ["none", "gift", "aia"]
     assert none.keys() - {"seeds", "spread"} <= gift.keys() & aia.keys()
