@@ -234,7 +234,7 @@ def made(bench: Bench, stem: str, choice: Choice, task: str = "all") -> Setting:
     if needed and not (given.fit or given.rows):
         raise RegardError(f"{stem!r} needs {' and '.join(needed)}, and no fit of it here looks at images")
     chosen = {name: values[0] for name, values in given.tried.items()} | choice
-    times, layers = chosen.pop(TIMES, 1.0), chosen.pop(LAYERS, ALL)
+    times, layers = chosen.pop(TIMES, 1.0), tuple(chosen.pop(LAYERS, ALL))
     options: dict[str, Any] = stronger(entry, times) if times != 1 else {}
     extra: dict[str, Any] = {}
     for name, value in chosen.items():
@@ -398,7 +398,8 @@ GIVEN: dict[str, Given] = {
     "vhr": Given({LAYERS: ((18, 32), *RUNS), "alpha": (2.0, 1.1, 1.25, 1.5), "outliers": ("drop", "keep")}),
 }
 LAST, LAST_BUT_ONE = (26, 32), (21, 27)
-BLIND: Choice = {"strength": 0.25, "omega": 0.0, "refocus": 0.0}
+# LoL without its lower layer and its instruction.
+CONTRAST: Choice = {"strength": 0.25, "omega": 0.0, "refocus": 0.0}
 # What searches and trials on tuning scenes left, by mechanism and task: what differs from the paper's, the best first.
 FOUND: dict[tuple[str, str], Sequence[Choice]] = {
     ("act", "existence"): ({LAYERS: LAST, "theta": 0.02}, {LAYERS: (21, 32), "beta": 0.0}),
@@ -437,11 +438,15 @@ FOUND: dict[tuple[str, str], Sequence[Choice]] = {
     ),
     ("locore", "captions"): ({LAYERS: (0, 22), "window": 1, "beta": 8.0},),
     ("lol", "existence"): (
-        BLIND | {"strength": 0.5, "denies": False},
-        BLIND | {"denies": False},
+        CONTRAST | {"strength": 0.5, "denies": False},
+        CONTRAST | {"denies": False},
         {"amateur": "exit", "strength": 2.0, "refocus": 1.0},
     ),
-    ("lol", "captions"): (BLIND | {"beta": 0.25}, BLIND | {"beta": 0.5}, BLIND | {"strength": 0.1, "beta": 0.25}),
+    ("lol", "captions"): (
+        CONTRAST | {"beta": 0.25},
+        CONTRAST | {"beta": 0.5},
+        CONTRAST | {"strength": 0.1, "beta": 0.25},
+    ),
     ("lqcd", "existence"): ({}, {"alpha": 0.5}, {"alpha": 2.0}),
     ("lqcd", "captions"): ({"cue": "with", "alpha": 0.1, "beta": 0.25},),
     ("paint", "existence"): ({LAYERS: (0, 6), "alpha": 0.1, "beta": 0.0},),

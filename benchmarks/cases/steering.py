@@ -22,10 +22,10 @@ one with the largest gain in spreads. Tried are the paper's setting, what earlie
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from random import Random
 from statistics import mean, median, stdev
@@ -114,7 +114,8 @@ def run(
         timed: tokens of the answers by which time is measured.
         tasks: existence, captions or all; commas between them.
         stems: mechanisms, commas between them, in the order in which they are begun; None: all.
-        lines: a file to which every row is added as soon as it is known; empty: none.
+        lines: a file to which every row is added as soon as it is known; those with figures that it holds are taken as
+            they are. Empty: none.
     """
     asked = {"existence": existence, "captions": captions, "skills": skills}
     tuned = {"existence": tuned_existence, "captions": tuned_captions}
@@ -123,18 +124,20 @@ def run(
     limits = (batch, trials, seconds, named, time.time() + until if until else 0.0)
     sizes = Sizes(device, seeds, tuning, tuple(asked.items()), tuple(tuned.items()), *limits)
     known = steers.mechanisms() if stems is None else {stem: catalog.find(stem) for stem in stems.split(",")}
+    jobs = [(stem, task) for stem in known for task in named]
     with TemporaryDirectory() as folder:
         sizes = replace(sizes, pictures=f"{folder}/pictures.safetensors")
-        save_file(drawn(sizes), sizes.pictures)
-        done = judged([(stem, task) for stem in known for task in named], sizes, workers, lines)
+        done = judged(jobs, sizes, workers, lines)
         bench, table = station(sizes).bench, []
         for task in named:
-            table.append(unsteered(sizes, task))
+            table.append(unsteered(sizes, task, done.values()))
             for stem, entry in known.items():
-                row, setting = done[stem, task]
-                cost = latency(bench, setting, timed) if setting is not None and seeds else dict.fromkeys(TIMED)
+                row = done[stem, task]
+                cost = dict.fromkeys(TIMED)
+                if seeds and "choice" in row:
+                    cost = latency(bench, steers.made(bench, stem, row["choice"], task), timed)
                 card = {"site": entry.site, "sheet": entry.card.sheet}
-                table.append({"method": stem, "task": task, **row, **cost, **card})
+                table.append({**row, **cost, **card})
         told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
     told |= {"tasks": list(named), "asked": asked, "tuned": tuned, "batch": batch, "workers": workers}
     told |= {"test seeds": list(_tests(sizes)), "tuning seeds": list(_tunings(sizes))}
@@ -174,7 +177,11 @@ class Station:
 
     sizes: Sizes
     bench: Bench
-    images: dict[str, torch.Tensor]
+
+    @cached_property
+    def images(self) -> dict[str, torch.Tensor]:
+        """Of every sitting."""
+        return load_file(self.sizes.pictures)
 
     def sitting(self, name: str) -> Sitting:
         """Made when it is first needed."""
@@ -191,52 +198,69 @@ class Station:
 @cache
 def station(sizes: Sizes) -> Station:
     """The station of this process."""
-    return Station(sizes, Bench.open(sizes.device), load_file(sizes.pictures))
+    return Station(sizes, Bench.open(sizes.device))
 
 
 Job = tuple[str, str]
-Judged = tuple[dict[str, Any], Setting | None]
+Row = dict[str, Any]
 
 
-def judged(jobs: Sequence[Job], sizes: Sizes, workers: int, lines: str) -> dict[Job, Judged]:
-    """`judge` of each mechanism and task, by `workers` processes or by this one."""
-    done: dict[Job, Judged] = {}
+def judged(jobs: Sequence[Job], sizes: Sizes, workers: int, lines: str) -> dict[Job, Row]:
+    """The rows of mechanisms and tasks, but for their time: those that `lines` holds, the others by `judge`.
 
-    def keep(job: Job, found: Judged) -> None:
-        done[job] = found
+    By `workers` processes or by this one.
+    """
+    done = earlier(lines) if lines else {}
+    left = [job for job in jobs if job not in done]
+
+    def keep(job: Job, row: Row) -> None:
+        done[job] = row
         if lines:
             with Path(lines).open("a") as file:
-                file.write(json.dumps({"method": job[0], "task": job[1], **found[0]}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
-    if not workers:
-        for job in jobs:
+    if left:
+        save_file(drawn(sizes), sizes.pictures)
+    if not workers or not left:
+        for job in left:
             keep(job, judge(job, sizes))
         return done
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        asked = {pool.submit(judge, job, sizes): job for job in jobs}
-        # This process asks the unsteered model meanwhile.
-        for task in sizes.tasks:
-            unsteered(sizes, task)
+        asked = {pool.submit(judge, job, sizes): job for job in left}
         for one in as_completed(asked):
             keep(asked[one], one.result())
     return done
 
 
-def judge(job: Job, sizes: Sizes) -> Judged:
-    """A mechanism's row, but for its time, and the setting that was chosen; None: the row says why."""
+def earlier(lines: str) -> dict[Job, Row]:
+    """The rows with figures that the file `lines` holds.
+
+    Raises:
+        RegardError: they are of different exams.
+    """
+    path = Path(lines)
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in rows if "choice" in row]
+    if any(row.get("plain") != rows[0].get("plain") for row in rows):
+        raise RegardError(f"{path.name} holds rows of different exams: the unsteered model's figures differ")
+    return {(row["method"], row["task"]): row for row in rows}
+
+
+def judge(job: Job, sizes: Sizes) -> Row:
+    """The row of a mechanism and task; where it cannot run, the row says why."""
+    row = {"method": job[0], "task": job[1], "improves": "cannot run", "paired": "", **_blank(), "why": {}}
     try:
         if sizes.stop and time.time() > sizes.stop:
             raise RegardError("there was no time left")
-        return judge_task(*job, station(sizes))
+        return row | judge_task(*job, station(sizes))
     except Exception as error:
         # One mechanism that fails must not lose the others' figures.
-        why = {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}
-        return {"improves": "cannot run", "paired": "", **_blank(), "why": why}, None
+        return row | {"why": {"error": type(error).__name__, "said": " ".join(str(error).split())[:300]}}
 
 
-def judge_task(stem: str, task: str, place: Station) -> Judged:
-    """The same, or what it raises."""
+def judge_task(stem: str, task: str, place: Station) -> Row:
+    """What becomes known of a mechanism, or what it raises."""
     began, tried = time.monotonic(), []
     if place.sizes.tuning:
         tried = list(trials(stem, place, task))
@@ -244,7 +268,7 @@ def judge_task(stem: str, task: str, place: Station) -> Judged:
     else:
         choice = steers.usual(stem) | next(iter(steers.FOUND.get((stem, task), ())), {})
         setting = steers.made(place.bench, stem, choice, task)
-    row: dict[str, Any] = {"improves": "", "paired": "", **_blank(), "why": {}, "choice": choice}
+    row: Row = {"improves": "", "choice": choice, "told": setting.told()}
     row["tried"] = [{**one, "merit": merit(told), "mean": told["mean"]} for one, _, told in tried]
     if place.sizes.seeds:
         test = place.sitting("test")
@@ -253,15 +277,16 @@ def judge_task(stem: str, task: str, place: Station) -> Judged:
         asked, same = test.exam.alone(setting, ANSWERS_ALONE)
         row |= {name: "yes" if result.pop(name) else "no" for name in ("improves", "paired")}
         row |= {**summary(result), "alone": {"asked": asked, "same": same}, "seeds": found, **result}
-    return row | {"told": setting.told(), "seconds": time.monotonic() - began}, setting
+    return row | {"seconds": time.monotonic() - began}
 
 
-def unsteered(sizes: Sizes, task: str) -> dict[str, Any]:
-    """The row of the model as it is."""
+def unsteered(sizes: Sizes, task: str, rows: Iterable[Row]) -> Row:
+    """The row of the model as it is, which rows with figures were compared with."""
     row = {"method": "none", "task": task, "improves": "", "paired": ""}
     if not sizes.seeds:
         return {**row, **_blank(), **TIMED, "spread": {}}
-    plain = station(sizes).sitting("test").plain
+    known = [one["plain"] for one in rows if "plain" in one]
+    plain = known[0] if known else station(sizes).sitting("test").plain
     result = compared(plain, plain, task)
     return {**row, **summary(result), **TIMED, "why": {}, "seeds": plain, "spread": result["spread"]}
 

@@ -110,6 +110,11 @@ def test_both_cases_run(monkeypatch, tmp_path):
     lines = tmp_path / "rows"
     facts, rows = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
     assert [json.loads(line)["method"] for line in lines.read_text().splitlines()] == ["gift", "aia"]
+    with monkeypatch.context() as patch:
+        # What has figures is not asked again, nor is what they are compared with.
+        patch.setattr(steers, "answers", None)
+        _, again = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
+    assert [row["seeds"] for row in again[:2]] == [row["seeds"] for row in rows[:2]]
     untried = {"stems": "gift", "captions": 2, **halves, "tuning": 0}
     assert steering.run(**untried, seeds=1, timed=1)[1][1]["tried"] == []
     none, gift, aia = rows
