@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 import regard
+import steer_fits
 import steers
 from regard.calibrate import duo
-from regard.core.errors import RegardError
+from regard.core.errors import RegardError, choose
 from regard.core.placement import Placement
 from regard.measure import hallucination
 from regard.measure import scene_questions as ask
 from regard.models import vlm
 from regard.search import facts
+from steer_bench import Bench, Setting
 
 # Exceptions that are kept word by word, a row.
 SHOWN = 12
@@ -53,12 +55,13 @@ def run(
         recent: last positions that they keep.
         strength: of the steering, in percent of the cards' defaults.
         steps: in which the gates that tell KV heads apart are trained.
-        task: all, existence or captions.
+        task: all, existence, captions or skills.
         stems: mechanisms, commas between them; None: all.
     """
-    bench = steers.Bench.open("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench.open("cuda" if torch.cuda.is_available() else "cpu")
     sizes = {"existence": existence, "captions": captions, "skills": skills}
-    exam = steers.Exam(bench, [seed], sizes, batch, task)
+    kept = {name: number for name, number in sizes.items() if choose("task", task, ("all", *sizes)) in (name, "all")}
+    exam = steers.Exam(bench, [seed], kept, batch)
     gates = duo.fit(bench.model, spoken(bench), steps=steps, length=128, sink=sink, recent=recent)
     streaming = {"sparsity": sparsity / 100, "sink": sink, "recent": recent}
     options: dict[str, Any] = {**streaming, **gates}
@@ -68,7 +71,7 @@ def run(
     table, left = [], {}
     for stem in steers.mechanisms() if stems is None else stems.split(","):
         try:
-            setting = next(steers.settings(bench, stem, (strength / 100,)))
+            setting = steers.made(bench, stem, {steers.TIMES: strength / 100})
             steering = replies(exam, setting, ())
             for name, recipe in recipes.items():
                 both = replies(exam, setting, recipe)
@@ -80,10 +83,10 @@ def run(
     return told | {"duo": streaming, "strength": strength, "cannot run": left}, table
 
 
-def spoken(bench: steers.Bench, scenes: int = 64) -> Tensor:
+def spoken(bench: Bench, scenes: int = 64) -> Tensor:
     """`[n]` ids of chats without images: what heads are told apart by."""
     said = []
-    for things in hallucination.unlikely(scenes, steers.FITS).things():
+    for things in hallucination.unlikely(scenes, steer_fits.FITS).things():
         for one in (ask.caption(things), ask.exists(things[0].kind, things)):
             said.append(f"{hallucination.prompt(bench.processor, one.text, 0)} {one.answer} {vlm.END}")
     return torch.tensor(bench.ids(" ".join(said)))
@@ -92,12 +95,12 @@ def spoken(bench: steers.Bench, scenes: int = 64) -> Tensor:
 Replies = Sequence[tuple[list[int], list[float]]]
 
 
-def replies(exam: steers.Exam, setting: steers.Setting | None, recipe: Sequence[Placement]) -> Replies:
+def replies(exam: steers.Exam, setting: Setting | None, recipe: Sequence[Placement]) -> Replies:
     """The tokens of every answer, up to its end, and their margins."""
     found: list[Any] = [None] * len(exam.texts)
     end = exam.bench.model.generation_config.eos_token_id
     for batch in exam.batches:
-        ids, margins = exam.bench.generated(batch, setting, recipe)
+        ids, margins = steers.generated(exam.bench, batch, setting, recipe)
         for i, row, gaps in zip(batch.at, ids.tolist(), margins.tolist(), strict=True):
             stop = row.index(end) + 1 if end in row else len(row)
             found[i] = (row[:stop], gaps[:stop])

@@ -1,14 +1,19 @@
 """The cases that steer the tiny vision-language model: their rule by hand, and one run too small to show anything."""
 
+import json
+from random import Random
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("PIL", reason="transformers reads images with pillow")
 
+import steer_bench
 import steers
 from cases import steered, steering
 from regard import catalog
+from regard.measure import hallucination
 from regard.measure import scene_questions as ask
 
 
@@ -19,22 +24,39 @@ def figures(**told):
 
 def test_the_rule_by_hand():
     plain = [figures(accuracy=0.78, chair_i=0.38), figures(accuracy=0.82, chair_i=0.42)]
-    assert steering.compared(plain, plain)["improves"] is False
+    still = steering.compared(plain, plain, "all")
+    assert (still["improves"], still["paired"]) == (False, False)
     better = [figures(accuracy=0.79, chair_i=0.35), figures(accuracy=0.82, chair_i=0.39)]
-    found = steering.compared(better, plain)
+    found = steering.compared(better, plain, "all")
     assert (found["improves"], found["better"], found["worse"]) == (True, ["chair_i"], [])
     assert found["gains"]["chair_i"] == pytest.approx([0.03, 0.03])
     assert found["spread"]["chair_i"] == pytest.approx(0.02)
     assert found["deviation"]["accuracy"] == pytest.approx(0.01 / 2**0.5)
-    # A gain of just the spread is none beyond it.
-    tied = steering.compared([figures(**one | {"accuracy": one["accuracy"] + 0.02}) for one in plain], plain)
-    assert (tied["improves"], tied["better"]) == (False, [])
-    # Fewer absent kinds because fewer kinds are named.
+    assert (found["won"], found["lost"]) == (pytest.approx(1.5), pytest.approx(0.0))
+    # A gain of just the spread is none beyond it, though it may be beyond that of the gains.
+    tied = steering.compared([figures(**one | {"accuracy": one["accuracy"] + 0.02}) for one in plain], plain, "all")
+    assert (tied["improves"], tied["better"], tied["paired"]) == (False, [], True)
+    # Fewer absent kinds because fewer kinds are named: of no matter where only existence is asked about.
     silent = [figures(**one | {"recall": 0.59}) for one in better]
-    worse = steering.compared(silent, plain)
+    worse = steering.compared(silent, plain, "captions")
     assert (worse["improves"], worse["worse"]) == (False, ["recall"])
     assert steering.merit(found) > steering.merit(worse)
-    assert steering.compared([figures(**one | {"count": 0.4}) for one in better], plain)["spoiled"] == ["count"]
+    existence = steering.compared(silent, plain, "existence")
+    assert (existence["lost"], existence["better"], existence["paired"]) == (pytest.approx(-0.25), [], False)
+    assert steering.compared([figures(**one | {"count": 0.4}) for one in better], plain, "all")["spoiled"] == ["count"]
+
+
+def test_what_is_tried_differs_from_the_best_in_one_value():
+    random = Random(0)
+    for stem, given in steers.GIVEN.items():
+        best = steers.usual(stem)
+        for near in (None, best):
+            choice = steers.drawn(stem, random, near)
+            assert all(choice[name] in values for name, values in given.tried.items())
+            assert near is None or sum(choice[name] != best[name] for name in best) == 1
+    for (stem, _), found in steers.FOUND.items():
+        assert all(one.keys() <= steers.usual(stem).keys() for one in found)
+    assert steers.usual("aia") == {steers.TIMES: 1.0}
 
 
 def test_strengths_and_layers_by_hand():
@@ -67,21 +89,44 @@ def test_agreement_by_hand():
     assert row["shown"] == [{"asked": "c", "dense": "1", "steering": "3", "both": "4", "margin": 2.5}]
 
 
-def test_both_cases_run(monkeypatch):
+def test_batches_are_what_the_processor_makes():
+    bench = steer_bench.Bench.open("cpu")
+    for quiz in hallucination.quizzes(existence=4, captions=2, seed=4).values():
+        images = quiz.show()
+        made = bench.batch(images, quiz.texts).inputs
+        texts = [hallucination.prompt(bench.processor, text) for text in quiz.texts]
+        wanted = bench.processor(images=list(images), text=texts, return_tensors="pt", padding=True)
+        assert made.keys() == wanted.keys()
+        for name, x in made.items():
+            torch.testing.assert_close(x, wanted[name], rtol=0, atol=1e-6)
+
+
+def test_both_cases_run(monkeypatch, tmp_path):
     """One mechanism that is told the images' tokens, and one that cannot be attached."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr(steers, "LONG", 3)
-    small = {"captions": 2, "task": "captions", "stems": "gift,aia"}
-    facts, rows = steering.run(**small, seeds=1, tuning=1, share=100, strengths=1, timed=1)
+    monkeypatch.setattr(steer_bench, "LONG", 3)
+    small = {"captions": 2, "stems": "gift,aia"}
+    halves = {"tuned_captions": 2, "tuned_existence": 0, "existence": 0, "skills": 0, "tuning": 1, "tasks": "captions"}
+    lines = tmp_path / "rows"
+    facts, rows = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
+    assert [json.loads(line)["method"] for line in lines.read_text().splitlines()] == ["gift", "aia"]
+    with monkeypatch.context() as patch:
+        # What has figures is not asked again, nor is what they are compared with.
+        patch.setattr(steers, "answers", None)
+        _, again = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
+    assert [row["seeds"] for row in again[:2]] == [row["seeds"] for row in rows[:2]]
+    untried = {"stems": "gift", "captions": 2, **halves, "tuning": 0}
+    assert steering.run(**untried, seeds=1, timed=1)[1][1]["tried"] == []
     none, gift, aia = rows
     assert [row["method"] for row in rows] == ["none", "gift", "aia"]
-    assert none.keys() - {"seeds"} <= gift.keys() & aia.keys()
-    assert gift["improves"] in ("yes", "no")
+    assert none.keys() - {"seeds", "spread"} <= gift.keys() & aia.keys()
+    assert (gift["improves"] in ("yes", "no"), len(gift["tried"])) == (True, 2)
+    assert gift["choice"] in [{name: one[name] for name in gift["choice"]} for one in gift["tried"]]
     assert gift["alone"] == {"asked": 2, "same": 2}
     assert gift["seeds"][0]["chair_i"] == pytest.approx(none["chair_i"] - gift["gains"]["chair_i"][0])
     assert set(facts["test seeds"]).isdisjoint(facts["tuning seeds"])
-    assert (aia["improves"], aia["recall"]) == ("cannot run", None)
+    assert (aia["improves"], aia["recall"], facts["cannot run"]) == ("cannot run", None, ["aia"])
     assert "is added to a loss" in aia["why"]["said"]
-    facts, rows = steered.run(**small, steps=1)
+    facts, rows = steered.run(**small, task="captions", steps=1)
     assert [(row["recipe"], row["method"], row["asked"]) for row in rows] == [("int4", "gift", 2), ("duo", "gift", 2)]
     assert "is added to a loss" in facts["cannot run"]["aia"]

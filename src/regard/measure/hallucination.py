@@ -7,6 +7,7 @@ colour and place of what is there, and questions that need no image, which no tr
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -91,6 +92,32 @@ class Report:
         return {"accuracy": self.accuracy, "f1": self.f1} | asdict(self)
 
 
+@dataclass(frozen=True)
+class Quiz:
+    """Questions of one sort, and what becomes of the answers.
+
+    Args:
+        show: draws the images, `[N, 64, 64, 3]` uint8, one a question.
+        texts: the questions.
+        figures: of an answer to each.
+    """
+
+    show: Callable[[], Tensor]
+    texts: Sequence[str]
+    figures: Callable[[Sequence[str]], Any]
+
+    def ask(self, answer: Answer) -> Any:
+        """The figures of what `answer` says.
+
+        Raises:
+            RegardError: it does not answer every question.
+        """
+        said = answer(list(self.show()), self.texts)
+        if len(said) != len(self.texts):
+            raise RegardError(f"expected an answer to each of {len(self.texts)} questions, got {len(said)}")
+        return self.figures(said)
+
+
 def unlikely(count: int, seed: int) -> Scenes:
     """Scenes to be asked about: nothing is hidden in them, and partners are missing more often than in training."""
     return draw(count, seed, prior=0.3)
@@ -150,13 +177,26 @@ def evaluate(answer: Answer, *, existence: int = 500, captions: int = 150, skill
     for name, number, least in (("existence", existence, 4), ("captions", captions, 1), ("skills", skills, 1)):
         if number < least:
             raise RegardError(f"{name} must be at least {least}, not {number}")
-    return Report(
-        pope(answer, existence // 4, seed), chair(answer, captions, seed + 1), abilities(answer, skills, seed + 2)
-    )
+    asked = quizzes(existence=existence, captions=captions, skills=skills, seed=seed)
+    found = {name: quiz.ask(answer) for name, quiz in asked.items()}
+    return Report(found.pop("existence"), found.pop("captions"), found)
+
+
+def quizzes(*, existence: int = 0, captions: int = 0, skills: int = 0, seed: int = 0) -> dict[str, Quiz]:
+    """What `evaluate` asks, by name: `existence`, `captions` and every skill; what there is none of is left out."""
+    made = {"existence": existence_quiz(existence // 4, seed)} if existence else {}
+    if captions:
+        made["captions"] = captions_quiz(captions, seed + 1)
+    return made | (skill_quizzes(skills, seed + 2) if skills else {})
 
 
 def pope(answer: Answer, scenes: int, seed: int) -> dict[str, Existence]:
     """Existence on `scenes` scenes, by how the absent kind is chosen. The present kind of a scene is asked for once."""
+    return existence_quiz(scenes, seed).ask(answer)
+
+
+def existence_quiz(scenes: int, seed: int) -> Quiz:
+    """What `pope` asks."""
     random, drawn = Random(seed), unlikely(scenes, seed)
     sorts = ("present", *NEGATIVES)
     asked = [
@@ -164,9 +204,15 @@ def pope(answer: Answer, scenes: int, seed: int) -> dict[str, Existence]:
         for things in drawn.things()
         for sort in sorts
     ]
-    said = _asked(answer, drawn, asked, len(sorts), seed)
-    by_sort = {sort: said[at :: len(sorts)] for at, sort in enumerate(sorts)}
-    return {sort: tally(by_sort["present"], by_sort[sort]) for sort in NEGATIVES}
+
+    def figures(said: Sequence[str]) -> dict[str, Existence]:
+        by_sort = {sort: said[at :: len(sorts)] for at, sort in enumerate(sorts)}
+        return {sort: tally(by_sort["present"], by_sort[sort]) for sort in NEGATIVES}
+
+    def show() -> Tensor:
+        return render(drawn, seed=seed).repeat_interleave(len(sorts), 0)
+
+    return Quiz(show, [one.text for one in asked], figures)
 
 
 def negative(things: Sequence[Thing], sort: str, random: Random) -> str:
@@ -180,7 +226,8 @@ def negative(things: Sequence[Thing], sort: str, random: Random) -> str:
         score = popularity()
         if sort == "adversarial":
             score = score * 1e-3 + affinity()[[KINDS.index(thing.kind) for thing in things]].sum(0)
-        free = sorted(free, key=lambda kind: -score[KINDS.index(kind)])[:FIRST]
+        told = dict(zip(KINDS, score.tolist(), strict=True))
+        free = sorted(free, key=lambda kind: -told[kind])[:FIRST]
     return random.choice(free)
 
 
@@ -207,10 +254,15 @@ def tally(present: Sequence[str], absent: Sequence[str]) -> Existence:
 
 def chair(answer: Answer, scenes: int, seed: int) -> Captions:
     """CHAIR on a caption of each of `scenes` scenes."""
+    return captions_quiz(scenes, seed).ask(answer)
+
+
+def captions_quiz(scenes: int, seed: int) -> Quiz:
+    """What `chair` asks."""
     drawn = unlikely(scenes, seed)
     things = drawn.things()
-    said = _asked(answer, drawn, [ask.caption(one) for one in things], 1, seed)
-    return count_named(said, things)
+    texts = [ask.caption(one).text for one in things]
+    return Quiz(partial(render, drawn, seed=seed), texts, partial(count_named, scenes=things))
 
 
 def count_named(captions: Sequence[str], scenes: Sequence[Sequence[Thing]]) -> Captions:
@@ -237,37 +289,39 @@ def count_named(captions: Sequence[str], scenes: Sequence[Sequence[Thing]]) -> C
 
 def abilities(answer: Answer, questions: int, seed: int) -> dict[str, float]:
     """Share of right answers on each skill. What is not about the image comes with one all the same."""
-    random, result = Random(seed), {}
+    return {name: quiz.ask(answer) for name, quiz in skill_quizzes(questions, seed).items()}
+
+
+def skill_quizzes(questions: int, seed: int) -> dict[str, Quiz]:
+    """What `abilities` asks, by skill."""
+    random, made = Random(seed), {}
     skills = dict(ask.ABOUT_A_SCENE)
     skills |= {name: lambda things, random, one=one: one(random) for name, one in ask.ABOUT_NONE.items()}
     for skill, question in skills.items():
         seed += 1
-        pairs = list(_askable(unlikely(4 * questions, seed), question, random, questions))
-        said = answer([image for image, _ in pairs], [one.text for _, one in pairs])
-        right = sum(text.strip() == one.answer for text, (_, one) in zip(said, pairs, strict=True))
-        result[skill] = right / len(pairs)
-    return result
+        scenes = unlikely(4 * questions, seed)
+        asked = list(_askable(scenes, question, random))[:questions]
+        show = partial(_some, scenes, [at for at, _ in asked], questions)
+        rights = [one.answer for _, one in asked]
+        made[skill] = Quiz(show, [one.text for _, one in asked], partial(_share, rights))
+    return made
 
 
-def _askable(
-    scenes: Scenes, question: Callable[..., Any], random: Random, most: int
-) -> Iterator[tuple[Tensor, ask.Question]]:
-    """Images with a question each, of the scenes that can be asked it."""
-    images = render(scenes, seed=most)
-    for image, things in zip(images, scenes.things(), strict=True):
+def _some(scenes: Scenes, which: list[int], seed: int) -> Tensor:
+    """Some of the pictures, as they are among all."""
+    return render(scenes, seed=seed)[which]
+
+
+def _share(rights: Sequence[str], said: Sequence[str]) -> float:
+    return sum(text.strip() == right for text, right in zip(said, rights, strict=True)) / len(rights)
+
+
+def _askable(scenes: Scenes, question: Callable[..., Any], random: Random) -> Iterator[tuple[int, ask.Question]]:
+    """Of the scenes that can be asked it: which, and the question."""
+    for at, things in enumerate(scenes.things()):
         one = question(things, random)
-        if one is not None and most > 0:
-            most -= 1
-            yield image, one
-
-
-def _asked(answer: Answer, scenes: Scenes, questions: list[ask.Question], each: int, seed: int) -> list[str]:
-    """What is answered to the questions, of which there are `each` a scene."""
-    images = render(scenes, seed=seed).repeat_interleave(each, 0)
-    said = answer(list(images), [one.text for one in questions])
-    if len(said) != len(questions):
-        raise RegardError(f"expected an answer to each of {len(questions)} questions, got {len(said)}")
-    return said
+        if one is not None:
+            yield at, one
 
 
 def _first(text: str) -> str:
