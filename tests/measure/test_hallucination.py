@@ -51,11 +51,11 @@ def test_captions_by_hand():
 
 
 def test_right_answers_score_one_and_yes_scores_a_half():
-    right = h.pope(seeing(40, 5), 40, 5)
+    right = h.existence_quiz(40, 5).ask(seeing(40, 5))
     assert set(right) == set(h.NEGATIVES)
     for one in right.values():
         assert (one.accuracy, one.precision, one.recall, one.f1, one.yes) == (1, 1, 1, 1, 0.5)
-    captions = h.chair(seeing(30, 6), 30, 6)
+    captions = h.captions_quiz(30, 6).ask(seeing(30, 6))
     assert (captions.sentence, captions.instance, captions.recall) == (0, 0, 1)
     report = h.evaluate(lambda images, texts: ["yes"] * len(texts), existence=40, captions=5, skills=5)
     for one in report.existence.values():
@@ -92,7 +92,7 @@ def test_skills_are_asked_of_scenes_that_can_answer():
         asked.extend(texts)
         return ["two"] * len(texts)
 
-    done = h.abilities(answer, 12, 0)
+    done = {name: quiz.ask(answer) for name, quiz in h.skill_quizzes(12, 0).items()}
     assert len(asked) == 5 * 12
     assert done["colour"] == done["place"] == 0
     assert 0 < done["count"] < 1
@@ -101,7 +101,7 @@ def test_skills_are_asked_of_scenes_that_can_answer():
 def test_the_same_seed_asks_the_same():
     texts = []
     for seed in (0, 0, 1):
-        h.pope(lambda images, said: texts.append(said) or ["no"] * len(said), 20, seed)
+        h.existence_quiz(20, seed).ask(lambda images, said: texts.append(said) or ["no"] * len(said))
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -112,7 +112,7 @@ def test_bad_input():
         with pytest.raises(RegardError, match=message):
             h.evaluate(lambda images, texts: texts, **words)
     with pytest.raises(RegardError, match="expected an answer to each of 16 questions, got 1"):
-        h.pope(lambda images, texts: ["no"], 4, 0)
+        h.existence_quiz(4, 0).ask(lambda images, texts: ["no"])
     with pytest.raises(RegardError, match="a caption for each of 2"):
         h.count_named(["a"], [[], []])
     with pytest.raises(RegardError, match="got none"):

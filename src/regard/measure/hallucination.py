@@ -190,13 +190,8 @@ def quizzes(*, existence: int = 0, captions: int = 0, skills: int = 0, seed: int
     return made | (skill_quizzes(skills, seed + 2) if skills else {})
 
 
-def pope(answer: Answer, scenes: int, seed: int) -> dict[str, Existence]:
-    """Existence on `scenes` scenes, by how the absent kind is chosen. The present kind of a scene is asked for once."""
-    return existence_quiz(scenes, seed).ask(answer)
-
-
 def existence_quiz(scenes: int, seed: int) -> Quiz:
-    """What `pope` asks."""
+    """POPE on `scenes` scenes, by how the absent kind is chosen. The present kind of a scene is asked for once."""
     random, drawn = Random(seed), unlikely(scenes, seed)
     sorts = ("present", *NEGATIVES)
     asked = [
@@ -252,13 +247,8 @@ def tally(present: Sequence[str], absent: Sequence[str]) -> Existence:
     )
 
 
-def chair(answer: Answer, scenes: int, seed: int) -> Captions:
-    """CHAIR on a caption of each of `scenes` scenes."""
-    return captions_quiz(scenes, seed).ask(answer)
-
-
 def captions_quiz(scenes: int, seed: int) -> Quiz:
-    """What `chair` asks."""
+    """CHAIR on a caption of each of `scenes` scenes."""
     drawn = unlikely(scenes, seed)
     things = drawn.things()
     texts = [ask.caption(one).text for one in things]
@@ -287,13 +277,8 @@ def count_named(captions: Sequence[str], scenes: Sequence[Sequence[Thing]]) -> C
     )
 
 
-def abilities(answer: Answer, questions: int, seed: int) -> dict[str, float]:
-    """Share of right answers on each skill. What is not about the image comes with one all the same."""
-    return {name: quiz.ask(answer) for name, quiz in skill_quizzes(questions, seed).items()}
-
-
 def skill_quizzes(questions: int, seed: int) -> dict[str, Quiz]:
-    """What `abilities` asks, by skill."""
+    """By skill. What is not about the image comes with one all the same."""
     random, made = Random(seed), {}
     skills = dict(ask.ABOUT_A_SCENE)
     skills |= {name: lambda things, random, one=one: one(random) for name, one in ask.ABOUT_NONE.items()}
