@@ -110,7 +110,7 @@ def run(
         trials: settings tried of a mechanism for a task; those that were found are, in any case.
         workers: processes side by side; 0: none but this one.
         seconds: no further setting of a mechanism is tried for a task after so many.
-        until: no mechanism is begun after so many; 0: all are.
+        until: no mechanism is begun after so many, so that some are not run; 0: all are.
         timed: tokens of the answers by which time is measured.
         tasks: existence, captions or all; commas between them.
         stems: mechanisms, commas between them, in the order in which they are begun; None: all.
@@ -152,7 +152,8 @@ def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[title] = {task: [row["method"] for row in yes if row["task"] == task] for task in AIMS}
     yes = {stem for stems in found["improving"].values() for stem in stems}
     found["not improving"] = sorted({row["method"] for row in table if row["improves"] == "no"} - yes)
-    found["cannot run"] = sorted({row["method"] for row in table if row["improves"] == "cannot run"})
+    for title in ("cannot run", "not run"):
+        found[title] = sorted({row["method"] for row in table if row["improves"] == title})
     return found | {"improving in all": len(yes)}
 
 
@@ -251,8 +252,9 @@ def judge(job: Job, sizes: Sizes) -> Row:
     """The row of a mechanism and task; where it cannot run, the row says why."""
     row = {"method": job[0], "task": job[1], "improves": "cannot run", "paired": "", **_blank(), "why": {}}
     try:
+        steers.refuse(job[0])
         if sizes.stop and time.time() > sizes.stop:
-            raise RegardError("there was no time left")
+            return row | {"improves": "not run"}
         return row | judge_task(*job, station(sizes))
     except Exception as error:
         # One mechanism that fails must not lose the others' figures.
