@@ -57,6 +57,11 @@ TIMED = {"added ms a token": 0.0, "ms a request": 0.0}
 TUNING = 5_000
 
 
+# A mechanism and a task; what is known of it, as JSON.
+Job = tuple[str, str]
+Row = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much is asked, where, and for how long settings may be tried, a mechanism and task.
@@ -111,7 +116,7 @@ def run(
         workers: processes side by side; 0: none but this one.
         seconds: no further setting of a mechanism is tried for a task after so many.
         until: no mechanism is begun after so many, so that some are not run; 0: all are.
-        timed: tokens of the answers by which time is measured.
+        timed: tokens of the answers by which time is measured; 0: it is not.
         tasks: existence, captions or all; commas between them.
         stems: mechanisms, commas between them, in the order in which they are begun; None: all.
         lines: a file to which every row is added as soon as it is known; those with figures that it holds are taken as
@@ -128,20 +133,25 @@ def run(
     with TemporaryDirectory() as folder:
         sizes = replace(sizes, pictures=f"{folder}/pictures.safetensors")
         done = judged(jobs, sizes, workers, lines)
-        bench, table = station(sizes).bench, []
-        for task in named:
-            table.append(unsteered(sizes, task, done.values()))
-            for stem, entry in known.items():
-                row = done[stem, task]
-                cost = dict.fromkeys(TIMED)
-                if seeds and "choice" in row:
-                    cost = latency(bench, steers.made(bench, stem, row["choice"], task), timed)
-                card = {"site": entry.site, "sheet": entry.card.sheet}
-                table.append({**row, **cost, **card})
-        told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
+        table = [row for task in named for row in tabled(task, known, done, sizes, timed)]
+    bench = station(sizes).bench
+    told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
     told |= {"tasks": list(named), "asked": asked, "tuned": tuned, "batch": batch, "workers": workers}
     told |= {"test seeds": list(_tests(sizes)), "tuning seeds": list(_tunings(sizes))}
     return told | {"limit": seconds, "until": until, "trials": trials} | verdicts(table), table
+
+
+def tabled(
+    task: str, known: Mapping[str, catalog.Entry], done: Mapping[Job, Row], sizes: Sizes, timed: int
+) -> Iterator[Row]:
+    """The rows of a task, with the time that a mechanism takes."""
+    yield unsteered(sizes, task, done.values())
+    bench = station(sizes).bench
+    for stem, entry in known.items():
+        row, cost = done[stem, task], dict.fromkeys(TIMED)
+        if sizes.seeds and timed and "choice" in row:
+            cost = latency(bench, steers.made(bench, stem, row["choice"], task), timed)
+        yield {**row, **cost, "site": entry.site, "sheet": entry.card.sheet}
 
 
 def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -200,10 +210,6 @@ class Station:
 def station(sizes: Sizes) -> Station:
     """The station of this process."""
     return Station(sizes, Bench.open(sizes.device))
-
-
-Job = tuple[str, str]
-Row = dict[str, Any]
 
 
 def judged(jobs: Sequence[Job], sizes: Sizes, workers: int, lines: str) -> dict[Job, Row]:
