@@ -220,12 +220,12 @@ def mechanisms() -> dict[str, catalog.Entry]:
     return {name: entry for name, entry in catalog.entries().items() if entry.site in SITES}
 
 
-def made(bench: Bench, stem: str, choice: Choice, task: str = "all") -> Setting:
-    """A mechanism with what was chosen of `GIVEN[stem].tried`; what was not is as the paper has it.
+def refuse(stem: str) -> None:
+    """Says why a mechanism cannot be tried, if it cannot.
 
     Raises:
-        RegardError: the mechanism cannot be attached (or shown, by what is given here), or needs tensors that nothing
-            here fits to images.
+        RegardError: it cannot be attached (or shown, by what is given here), or needs tensors that nothing here fits to
+            images.
     """
     entry, given = catalog.find(stem), GIVEN.get(stem, Given())
     if given.show is None:
@@ -233,6 +233,16 @@ def made(bench: Bench, stem: str, choice: Choice, task: str = "all") -> Setting:
     needed = [name for name, one in entry.card.options.items() if one.kind == "tensor" and not one.optional]
     if needed and not (given.fit or given.rows):
         raise RegardError(f"{stem!r} needs {' and '.join(needed)}, and no fit of it here looks at images")
+
+
+def made(bench: Bench, stem: str, choice: Choice, task: str = "all") -> Setting:
+    """A mechanism with what was chosen of `GIVEN[stem].tried`; what was not is as the paper has it.
+
+    Raises:
+        RegardError: as `refuse` says.
+    """
+    refuse(stem)
+    entry, given = catalog.find(stem), GIVEN.get(stem, Given())
     chosen = {name: values[0] for name, values in given.tried.items()} | choice
     times, layers = chosen.pop(TIMES, 1.0), tuple(chosen.pop(LAYERS, ALL))
     options: dict[str, Any] = stronger(entry, times) if times != 1 else {}

@@ -57,6 +57,11 @@ TIMED = {"added ms a token": 0.0, "ms a request": 0.0}
 TUNING = 5_000
 
 
+# A mechanism and a task; what is known of it, as JSON.
+Job = tuple[str, str]
+Row = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Sizes:
     """How much is asked, where, and for how long settings may be tried, a mechanism and task.
@@ -110,8 +115,8 @@ def run(
         trials: settings tried of a mechanism for a task; those that were found are, in any case.
         workers: processes side by side; 0: none but this one.
         seconds: no further setting of a mechanism is tried for a task after so many.
-        until: no mechanism is begun after so many; 0: all are.
-        timed: tokens of the answers by which time is measured.
+        until: no mechanism is begun after so many, so that some are not run; 0: all are.
+        timed: tokens of the answers by which time is measured; 0: it is not.
         tasks: existence, captions or all; commas between them.
         stems: mechanisms, commas between them, in the order in which they are begun; None: all.
         lines: a file to which every row is added as soon as it is known; those with figures that it holds are taken as
@@ -128,20 +133,25 @@ def run(
     with TemporaryDirectory() as folder:
         sizes = replace(sizes, pictures=f"{folder}/pictures.safetensors")
         done = judged(jobs, sizes, workers, lines)
-        bench, table = station(sizes).bench, []
-        for task in named:
-            table.append(unsteered(sizes, task, done.values()))
-            for stem, entry in known.items():
-                row = done[stem, task]
-                cost = dict.fromkeys(TIMED)
-                if seeds and "choice" in row:
-                    cost = latency(bench, steers.made(bench, stem, row["choice"], task), timed)
-                card = {"site": entry.site, "sheet": entry.card.sheet}
-                table.append({**row, **cost, **card})
-        told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
+        table = [row for task in named for row in tabled(task, known, done, sizes, timed)]
+    bench = station(sizes).bench
+    told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
     told |= {"tasks": list(named), "asked": asked, "tuned": tuned, "batch": batch, "workers": workers}
     told |= {"test seeds": list(_tests(sizes)), "tuning seeds": list(_tunings(sizes))}
     return told | {"limit": seconds, "until": until, "trials": trials} | verdicts(table), table
+
+
+def tabled(
+    task: str, known: Mapping[str, catalog.Entry], done: Mapping[Job, Row], sizes: Sizes, timed: int
+) -> Iterator[Row]:
+    """The rows of a task, with the time that a mechanism takes."""
+    yield unsteered(sizes, task, done.values())
+    bench = station(sizes).bench
+    for stem, entry in known.items():
+        row, cost = done[stem, task], dict.fromkeys(TIMED)
+        if sizes.seeds and timed and "choice" in row:
+            cost = latency(bench, steers.made(bench, stem, row["choice"], task), timed)
+        yield {**row, **cost, "site": entry.site, "sheet": entry.card.sheet}
 
 
 def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -152,7 +162,8 @@ def verdicts(table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found[title] = {task: [row["method"] for row in yes if row["task"] == task] for task in AIMS}
     yes = {stem for stems in found["improving"].values() for stem in stems}
     found["not improving"] = sorted({row["method"] for row in table if row["improves"] == "no"} - yes)
-    found["cannot run"] = sorted({row["method"] for row in table if row["improves"] == "cannot run"})
+    for title in ("cannot run", "not run"):
+        found[title] = sorted({row["method"] for row in table if row["improves"] == title})
     return found | {"improving in all": len(yes)}
 
 
@@ -201,10 +212,6 @@ def station(sizes: Sizes) -> Station:
     return Station(sizes, Bench.open(sizes.device))
 
 
-Job = tuple[str, str]
-Row = dict[str, Any]
-
-
 def judged(jobs: Sequence[Job], sizes: Sizes, workers: int, lines: str) -> dict[Job, Row]:
     """The rows of mechanisms and tasks, but for their time: those that `lines` holds, the others by `judge`.
 
@@ -251,8 +258,9 @@ def judge(job: Job, sizes: Sizes) -> Row:
     """The row of a mechanism and task; where it cannot run, the row says why."""
     row = {"method": job[0], "task": job[1], "improves": "cannot run", "paired": "", **_blank(), "why": {}}
     try:
+        steers.refuse(job[0])
         if sizes.stop and time.time() > sizes.stop:
-            raise RegardError("there was no time left")
+            return row | {"improves": "not run"}
         return row | judge_task(*job, station(sizes))
     except Exception as error:
         # One mechanism that fails must not lose the others' figures.

@@ -115,6 +115,9 @@ def test_both_cases_run(monkeypatch, tmp_path):
         patch.setattr(steers, "answers", None)
         _, again = steering.run(**small, **halves, seeds=1, trials=2, timed=1, lines=str(lines))
     assert [row["seeds"] for row in again[:2]] == [row["seeds"] for row in rows[:2]]
+    late = steering.Sizes("cpu", 1, 0, (), (), 1, 1, 1.0, ("captions",), stop=1.0)
+    begun = [steering.judge((stem, "captions"), late)["improves"] for stem in ("gift", "aia")]
+    assert begun == ["not run", "cannot run"]
     untried = {"stems": "gift", "captions": 2, **halves, "tuning": 0}
     assert steering.run(**untried, seeds=1, timed=1)[1][1]["tried"] == []
     none, gift, aia = rows
