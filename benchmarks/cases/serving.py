@@ -20,6 +20,7 @@ from regard.core.errors import RegardError
 from regard.measure.seconds import spread
 from regard.recipes.recipe import Recipe, place
 from regard.search import facts
+from sweep import picked
 
 SHAPES = {
     "SmolLM2-135M": {
@@ -87,8 +88,7 @@ def run(
         raise RegardError("this needs a GPU; tiny=1 runs the smallest shape anywhere")
     if new < WARM + 2:
         raise RegardError(f"new must be at least {WARM + 2}, got {new}")
-    if unknown := [one for one in part.split(",") if part and one not in RECIPES]:
-        raise RegardError(f"no recipe {unknown[0]!r}; there are {', '.join(RECIPES)}")
+    asked = picked("recipe", part, RECIPES)
     names = ["tiny"] if tiny else list(SHAPES)[:2] if shape < 0 else [list(SHAPES)[shape]]
     lengths = (length or 300,) if tiny else (length,) if length else (32_768, 131_072)
     told = facts.machine(SimpleNamespace(device=device)) | {"new": new, "left out": WARM, "shapes": SHAPES}
@@ -97,7 +97,6 @@ def run(
         model = made(name, max(lengths) + new, device)
         chosen = recipes(model, "tiny" if tiny else "")
         for tokens in lengths:
-            asked = part.split(",") if part else RECIPES
             ways = (False, True) if graphs < 0 else (bool(graphs),)
             size = {"tokens": tokens, "new": new, "batch": batch, "chunk": chunk or None}
             rows += [measured(model, name, one, chosen[one], way, **size) for one in asked for way in ways]
@@ -132,8 +131,7 @@ def recipes(model: LlamaForCausalLM, small: str) -> dict[str, Recipe]:
     gates = torch.rand(config.num_hidden_layers, config.num_key_value_heads, generator=drawn)
     sizes = {"sink": 8, "recent": 32} if small else {}
     duo, int4 = place("duo", gates=gates, sparsity=0.5, **sizes), place("saw_int4")
-    made = (Recipe([]), Recipe([duo]), Recipe([int4]), Recipe([duo, int4]))
-    return dict(zip(RECIPES, made, strict=True))
+    return dict(zip(RECIPES, map(Recipe, ([], [duo], [int4], [duo, int4])), strict=True))
 
 
 def measured(
@@ -148,7 +146,7 @@ def measured(
     batch: int,
     chunk: int | None,
 ) -> dict[str, Any]:
-    """One request of one row; `explain` says what became of its single tokens."""
+    """A row of the table, one request; `explain` says what became of its single tokens."""
     device = model.device
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (batch, tokens), generator=drawn).to(device)
