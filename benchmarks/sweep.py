@@ -1,7 +1,7 @@
-"""Many small training runs side by side on one device, until the time is up.
+"""Many small training runs side by side, on one device or on all GPUs of a machine, until the time is up.
 
-Processes take turns on a GPU, and streams of one process share it: so every process leads a few runs, a step of each in
-turn.
+Processes are dealt out to the GPUs. They take turns on each, and streams of one process share it: so every process
+leads a few runs, a step of each in turn.
 """
 
 import json
@@ -140,7 +140,7 @@ def _processes(count: int, lanes: int) -> Iterator[Ways]:
     """Several jobs at a time in each of `count` processes, which end with the context."""
     context = multiprocessing.get_context("spawn")
     asked, told = context.Queue(), context.Queue()
-    crew = [context.Process(target=_lead, args=(asked, told, lanes), daemon=True) for _ in range(count)]
+    crew = [context.Process(target=_lead, args=(asked, told, lanes, i), daemon=True) for i in range(count)]
     for process in crew:
         process.start()
 
@@ -161,9 +161,11 @@ def _processes(count: int, lanes: int) -> Iterator[Ways]:
             process.join()
 
 
-def _lead(asked: Any, told: Any, lanes: int) -> None:
-    """Lead up to `lanes` runs, a step of each in turn, for good."""
+def _lead(asked: Any, told: Any, lanes: int, place: int) -> None:
+    """Lead up to `lanes` runs, a step of each in turn, for good, on the GPU that process `place` is dealt to."""
     torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
     under_way: dict[int, Iterator[dict[str, Any] | None]] = {}
     last: dict[int, dict[str, Any] | None] = {}
     while True:
