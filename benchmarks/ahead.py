@@ -1,9 +1,9 @@
 """Another package's kernels compiled side by side, before its autotuner would compile them one after the other.
 
 Where a kernel is first called, Triton's autotuner compiles all of its configurations in turn: minutes, if a package has
-hundreds. Here one process a core walks through the same calls, launches none of these kernels, and compiles its share
-of their configurations into a cache that all of them have. Whoever measures with that cache afterwards finds binaries,
-and its autotuner still times every configuration by itself, if need be for less long.
+hundreds. Here a process for each of up to 16 cores walks through the same calls, launches none of these kernels, and
+compiles its share of their configurations into a cache that all of them have. Whoever measures with that cache
+afterwards finds binaries, and its autotuner still times every configuration by itself, if need be for less long.
 """
 
 import itertools
@@ -15,6 +15,9 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+# Every process holds the arguments of its calls on the device: 64 of them filled 140 GB.
+MOST = 16
 
 
 @dataclass
@@ -39,7 +42,7 @@ def side_by_side(walk: Callable[..., None], *arguments: Any, folder: str, second
     Returns:
         Configurations met, compiled, begun too late and refused by the compiler, and the seconds it took.
     """
-    began, workers = time.time(), os.cpu_count() or 1
+    began, workers = time.time(), min(os.cpu_count() or 1, MOST)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
         jobs = [pool.submit(_work, walk, arguments, folder, rank, workers, began + seconds) for rank in range(workers)]
