@@ -484,11 +484,13 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
     of_decay = (0, 0, 0, 0) if g.decay is None else (*g.decay.stride()[1:], g.decay.stride(0))
     # A third stage was timed, and found right, for these sizes alone.
     timed = bulk and p.dim == p.columns == 128 and not p.settings["EXACT"]
+    # Triton 3.6 reads shared memory out of bounds with 4 warps unless values are as wide as keys (docs/log.md).
+    warps = 4 if p.dim == p.columns else 8
     chunk_gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
         left, right, entry, *read, beta, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
         p.segments.table, *strides, p.strides_g, _three(beta), of_decay, _three(g.alone), scale, p.heads,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
-        BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=3 if timed else 2,
+        BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=warps, num_stages=3 if timed else 2,
     )  # fmt: skip
 
 
