@@ -57,6 +57,17 @@ def scan() -> None:
         torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
 
 
+def scan_on_hopper() -> None:
+    from regard.kernels import device
+    from regard.kernels.states.scan import scan
+
+    for (B, T), dtype in [((64, 2048), torch.bfloat16), ((1, 131072), torch.float16)]:
+        q, decay = _empty(B, 16, T, 128, dtype=dtype), _empty(16, dtype=torch.float32)
+        state = _empty(B, 16, 128, 128, dtype=torch.float32)
+        with patch.object(device, "capability", lambda tensor: (9, 0)):
+            scan(q, q, q, decay=decay, initial_state=state if T == 2048 else None)
+
+
 def rat() -> None:
     from regard.kernels.states.rat import mix
 

@@ -1,0 +1,207 @@
+"""The forward sweep once more for Hopper, in Gluon, where one rate decays a head: all 128 columns in one program.
+
+Three groups of warps share a multiprocessor: one copies tiles, two each carry 64 columns of the state, transposed and
+in registers. Both read the same queries and keys, which so leave the second-level cache once, where `sweep.py` with 64
+columns a program reads them twice. One program a multiprocessor walks over segments, so that the copies for the next
+begin before the last is finished.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from regard.kernels.attention.hopper import described
+
+CHUNK = gl.constexpr(64)
+DIM = 128  # of queries and keys, and of values
+HALF = gl.constexpr(64)
+STAGES = 3
+
+
+@gluon.jit
+def part_of(SEGMENTS, item, heads):
+    """Head, batch row, first token and end."""
+    row = SEGMENTS + item // heads * 4
+    return item % heads, gl.load(row), gl.load(row + 1), gl.load(row + 2)
+
+
+@gluon.jit
+def copy(
+    a_desc, b_desc, c_desc, a_tiles, b_tiles, c_tiles, full, empty, SEGMENTS, items, heads,
+    GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr,
+):  # fmt: skip
+    """The warp that copies chunks."""
+    STAGES: gl.constexpr = a_tiles.shape[0]
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, batch, start, end = part_of(SEGMENTS, item, heads)
+        for token in range(start, end, CHUNK):
+            stage = step % STAGES
+            arrived = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(arrived, a_desc.block_type.nbytes + b_desc.block_type.nbytes + 2 * c_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(a_desc, [batch, head // GROUP_A, token, 0], arrived, a_tiles.index(stage))
+            tma.async_copy_global_to_shared(b_desc, [batch, head // GROUP_B, token, 0], arrived, b_tiles.index(stage))
+            for own in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    c_desc, [batch, head // GROUP_C, token, own * HALF], arrived, c_tiles.index(2 * stage + own)
+                )
+            step += 1
+
+
+@gluon.jit
+def gone(index, steps):
+    """How often token `index` of a chunk, and all before it, have decayed; it has `steps` tokens."""
+    return gl.minimum(index + 1, steps).to(gl.float32)
+
+
+@gluon.jit
+def chunk_of(S, held, a, b, c, rate, steps, DTYPE: gl.constexpr):
+    """The output of a chunk and the state after it, both transposed as their products make them: see `sweep.py`."""
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    STATE: gl.constexpr = S.type.layout
+    TURNED: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
+    zero = gl.zeros([CHUNK, CHUNK], gl.float32, OUT)
+    scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+    out = warpgroup_mma(a, held.permute((1, 0)), zero, use_acc=False, is_async=True)
+    columns = gl.arange(0, CHUNK, gl.SliceLayout(0, TURNED))
+    share = gl.exp2((steps.to(gl.float32) - gone(columns, steps)) * rate)
+    turned = (c.permute((1, 0)).load(TURNED).to(gl.float32) * share[None, :]).to(DTYPE)
+    S = S * gl.exp2(steps.to(gl.float32) * rate)
+    i, j = gl.arange(0, CHUNK, gl.SliceLayout(1, OUT)), gl.arange(0, CHUNK, gl.SliceLayout(0, OUT))
+    entered = gl.exp2(gone(i, steps) * rate)
+    weight = gl.exp2(gl.minimum((gone(i, steps)[:, None] - gone(j, steps)[None, :]) * rate, 0.0))
+    weight = gl.where(i[:, None] >= j[None, :], weight, 0.0)
+    S = warpgroup_mma(turned, b, S, is_async=True)
+    scores, out = warpgroup_mma_wait(1, deps=[scores, out])
+    p = gl.convert_layout((scores * weight).to(DTYPE), gl.DotOperandLayout(0, OUT, 2))
+    out = warpgroup_mma(p, c, out * entered[:, None], is_async=True)
+    S, turned = warpgroup_mma_wait(1, deps=[S, turned])
+    return S, out, p
+
+
+@gluon.jit
+def carry_half(
+    out_desc, a_tiles, b_tiles, c_tiles, o_tiles, held_tiles, full, empty, G, BEGIN, END, SEGMENTS,
+    items, heads, scale, TURNED: gl.constexpr, OWN: gl.constexpr,
+):  # fmt: skip
+    """The warps that carry 64 columns of the state."""
+    DTYPE: gl.constexpr = out_desc.dtype
+    STAGES: gl.constexpr = a_tiles.shape[0]
+    DIM: gl.constexpr = a_tiles.shape[4]
+    STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    WIDE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, DIM], DTYPE)
+    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, HALF], DTYPE)
+    a_tiles = a_tiles._reinterpret(DTYPE, [STAGES, CHUNK, DIM], WIDE)
+    b_tiles = b_tiles._reinterpret(DTYPE, [STAGES, CHUNK, DIM], WIDE)
+    c_tiles = c_tiles._reinterpret(DTYPE, [2 * STAGES, CHUNK, HALF], NARROW)
+    held = held_tiles.index(OWN)
+    columns = OWN * HALF + gl.arange(0, HALF, gl.SliceLayout(1, STATE))
+    dims = gl.arange(0, DIM, gl.SliceLayout(0, STATE))
+    step = 0
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        head, batch, start, end = part_of(SEGMENTS, item, heads)
+        rate = 0.0
+        if G is not None:
+            rate = gl.maximum(gl.load(G + head).to(gl.float32) * 1.4426950408889634, -173.0)
+        S = gl.zeros([HALF, DIM], gl.float32, STATE)
+        if BEGIN is not None:
+            spot = BEGIN + item.to(gl.int64) * DIM * 2 * HALF
+            if TURNED:
+                S = gl.load(spot + columns[:, None] * DIM + dims[None, :]).to(gl.float32)
+            else:
+                S = gl.load(spot + columns[:, None] + dims[None, :] * (2 * HALF)).to(gl.float32)
+        held.store(S.to(DTYPE))
+        fence_async_shared()
+        gl.thread_barrier()
+        for token in range(start, end, CHUNK):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            S, out, p = chunk_of(
+                S, held, a_tiles.index(stage), b_tiles.index(stage), c_tiles.index(2 * stage + OWN), rate,
+                gl.minimum(end - token, CHUNK), DTYPE,
+            )  # fmt: skip
+            held.store(S.to(DTYPE))
+            out, p = warpgroup_mma_wait(0, deps=[out, p])
+            mbarrier.arrive(empty.index(stage), count=1)
+            # Two tiles take turns: the copy from this one ended before the last barrier.
+            o_tile = o_tiles.index(2 * OWN + step % 2)
+            o_tile._reinterpret(DTYPE, [CHUNK, HALF], NARROW).store((out * scale).to(DTYPE))
+            fence_async_shared()
+            tma.store_wait(0)
+            gl.thread_barrier()
+            tma.async_copy_shared_to_global(out_desc, [batch, head, token, OWN * HALF], o_tile)
+            step += 1
+        if END is not None:
+            spot = END + item.to(gl.int64) * DIM * 2 * HALF
+            gl.store(spot + columns[:, None] + dims[None, :] * (2 * HALF), S)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["items", "heads"])
+def sweep_halves(
+    a_desc, b_desc, c_desc, out_desc, G, BEGIN, END, SEGMENTS, items, heads, scale, TURNED: gl.constexpr,
+    GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """As `sweep.sweep` forwards, for one decay a head (G None: none). Grid: any number of programs, at most items."""
+    DTYPE: gl.constexpr = out_desc.dtype
+    DIM: gl.constexpr = a_desc.block_type.shape[3]
+    HELD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, DIM], DTYPE)
+    a_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, CHUNK, DIM], a_desc.layout)
+    b_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, 1, 1, CHUNK, DIM], b_desc.layout)
+    c_tiles = gl.allocate_shared_memory(DTYPE, [2 * STAGES, 1, 1, CHUNK, HALF], c_desc.layout)
+    o_tiles = gl.allocate_shared_memory(DTYPE, [4, 1, 1, CHUNK, HALF], out_desc.layout)
+    held_tiles = gl.allocate_shared_memory(DTYPE, [2, HALF, DIM], HELD)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (carry_half, (
+                out_desc, a_tiles, b_tiles, c_tiles, o_tiles, held_tiles, full, empty, G, BEGIN, END, SEGMENTS,
+                items, heads, scale, TURNED, gl.constexpr(0),
+            )),
+            (carry_half, (
+                out_desc, a_tiles, b_tiles, c_tiles, o_tiles, held_tiles, full, empty, G, BEGIN, END, SEGMENTS,
+                items, heads, scale, TURNED, gl.constexpr(1),
+            )),
+            (copy, (
+                a_desc, b_desc, c_desc, a_tiles, b_tiles, c_tiles, full, empty, SEGMENTS, items, heads,
+                GROUP_A, GROUP_B, GROUP_C,
+            )),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def sweep(
+    a: Tensor, b: Tensor, c: Tensor, out: Tensor, decay: Tensor | None, segments: Any, scale: float,
+    begin: Tensor | None, end: Tensor | None,
+) -> None:  # fmt: skip
+    """Launch `sweep_halves` over all segments."""
+    heads = out.shape[1]
+    items = segments.count * heads
+    cores = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 132
+    turned = begin is not None and begin.mT.is_contiguous()
+    begin = begin if begin is None or turned else begin.contiguous()
+    chunk, half = CHUNK.value, HALF.value
+    tensors: list[Any] = [described(a, chunk, DIM), described(b, chunk, DIM), described(c, chunk, half)]
+    sweep_halves[(min(items, cores),)](
+        *tensors, described(out, chunk, half), decay, begin, end, segments.table, items, heads, scale, turned,
+        GROUP_A=heads // a.shape[1], GROUP_B=heads // b.shape[1], GROUP_C=heads // c.shape[1], STAGES=STAGES,
+        num_warps=4,
+    )  # fmt: skip
