@@ -1,4 +1,4 @@
-"""The forward sweep once more for Hopper, in Gluon, where one rate decays a head: all 128 columns in one program.
+"""The sweep once more for Hopper, in Gluon, where heads decay at one rate: all 128 columns in one program.
 
 Three groups of warps share a multiprocessor: one copies tiles, two each carry 64 columns of the state, transposed and
 in registers. Both read the same queries and keys, which so leave the second-level cache once, where `sweep.py` with 64
@@ -36,8 +36,16 @@ def part_of(SEGMENTS, item, heads):
 
 
 @gluon.jit
+def token_of(start, end, i, REVERSE: gl.constexpr):
+    """The first token of the `i`-th chunk on the way."""
+    if REVERSE:
+        i = gl.cdiv(end - start, CHUNK) - 1 - i
+    return start + i * CHUNK
+
+
+@gluon.jit
 def copy(
-    a_desc, b_desc, c_desc, a_tiles, b_tiles, c_tiles, full, empty, SEGMENTS, items, heads,
+    a_desc, b_desc, c_desc, a_tiles, b_tiles, c_tiles, full, empty, SEGMENTS, items, heads, REVERSE: gl.constexpr,
     GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr,
 ):  # fmt: skip
     """The warp that copies chunks."""
@@ -45,8 +53,8 @@ def copy(
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         head, batch, start, end = part_of(SEGMENTS, item, heads)
-        for token in range(start, end, CHUNK):
-            stage = step % STAGES
+        for i in range(gl.cdiv(end - start, CHUNK)):
+            token, stage = token_of(start, end, i, REVERSE), step % STAGES
             arrived = full.index(stage)
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             mbarrier.expect(arrived, a_desc.block_type.nbytes + b_desc.block_type.nbytes + 2 * c_desc.block_type.nbytes)
@@ -60,32 +68,33 @@ def copy(
 
 
 @gluon.jit
-def gone(index, steps):
-    """How often token `index` of a chunk, and all before it, have decayed; it has `steps` tokens."""
-    return gl.minimum(index + 1, steps).to(gl.float32)
+def gone(index, steps, REVERSE: gl.constexpr):
+    """How often what enters a chunk of `steps` tokens has decayed where token `index` reads it."""
+    times = gl.maximum(steps - 1 - index, 0) if REVERSE else gl.minimum(index + 1, steps)
+    return times.to(gl.float32)
 
 
 @gluon.jit
-def chunk_of(S, held, a, b, c, rate, steps, DTYPE: gl.constexpr):
-    """The output of a chunk and the state after it, both transposed as their products make them: see `sweep.py`."""
+def chunk_of(S, held, a, b, c, rate, steps, REVERSE: gl.constexpr, DTYPE: gl.constexpr):
+    """The transposed state after a chunk, and its output, still in the making from the weights that come third."""
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     STATE: gl.constexpr = S.type.layout
     TURNED: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
     zero = gl.zeros([CHUNK, CHUNK], gl.float32, OUT)
     scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
     out = warpgroup_mma(a, held.permute((1, 0)), zero, use_acc=False, is_async=True)
-    columns = gl.arange(0, CHUNK, gl.SliceLayout(0, TURNED))
-    share = gl.exp2((steps.to(gl.float32) - gone(columns, steps)) * rate)
-    turned = (c.permute((1, 0)).load(TURNED).to(gl.float32) * share[None, :]).to(DTYPE)
-    S = S * gl.exp2(steps.to(gl.float32) * rate)
+    total = steps.to(gl.float32) * rate
+    H = gone(gl.arange(0, CHUNK, gl.SliceLayout(0, TURNED)), steps, REVERSE) * rate
+    turned = (c.permute((1, 0)).load(TURNED).to(gl.float32) * gl.exp2(total - H)[None, :]).to(DTYPE)
+    S = S * gl.exp2(total)
     i, j = gl.arange(0, CHUNK, gl.SliceLayout(1, OUT)), gl.arange(0, CHUNK, gl.SliceLayout(0, OUT))
-    entered = gl.exp2(gone(i, steps) * rate)
-    weight = gl.exp2(gl.minimum((gone(i, steps)[:, None] - gone(j, steps)[None, :]) * rate, 0.0))
-    weight = gl.where(i[:, None] >= j[None, :], weight, 0.0)
+    H_i, H_j = gone(i, steps, REVERSE) * rate, gone(j, steps, REVERSE) * rate
+    before = i[:, None] <= j[None, :] if REVERSE else i[:, None] >= j[None, :]
+    weight = gl.where(before, gl.exp2(gl.minimum(H_i[:, None] - H_j[None, :], 0.0)), 0.0)
     S = warpgroup_mma(turned, b, S, is_async=True)
     scores, out = warpgroup_mma_wait(1, deps=[scores, out])
     p = gl.convert_layout((scores * weight).to(DTYPE), gl.DotOperandLayout(0, OUT, 2))
-    out = warpgroup_mma(p, c, out * entered[:, None], is_async=True)
+    out = warpgroup_mma(p, c, out * gl.exp2(H_i)[:, None], is_async=True)
     S, turned = warpgroup_mma_wait(1, deps=[S, turned])
     return S, out, p
 
@@ -93,7 +102,7 @@ def chunk_of(S, held, a, b, c, rate, steps, DTYPE: gl.constexpr):
 @gluon.jit
 def carry_half(
     out_desc, a_tiles, b_tiles, c_tiles, o_tiles, held_tiles, full, empty, G, BEGIN, END, SEGMENTS,
-    items, heads, scale, TURNED: gl.constexpr, OWN: gl.constexpr,
+    items, heads, scale, TURNED: gl.constexpr, REVERSE: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """The warps that carry 64 columns of the state."""
     DTYPE: gl.constexpr = out_desc.dtype
@@ -124,12 +133,12 @@ def carry_half(
         held.store(S.to(DTYPE))
         fence_async_shared()
         gl.thread_barrier()
-        for token in range(start, end, CHUNK):
-            stage = step % STAGES
+        for i in range(gl.cdiv(end - start, CHUNK)):
+            token, stage = token_of(start, end, i, REVERSE), step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             S, out, p = chunk_of(
                 S, held, a_tiles.index(stage), b_tiles.index(stage), c_tiles.index(2 * stage + OWN), rate,
-                gl.minimum(end - token, CHUNK), DTYPE,
+                gl.minimum(end - token, CHUNK), REVERSE, DTYPE,
             )  # fmt: skip
             held.store(S.to(DTYPE))
             out, p = warpgroup_mma_wait(0, deps=[out, p])
@@ -150,10 +159,10 @@ def carry_half(
 
 @gluon.jit(do_not_specialize=["items", "heads"])
 def sweep_halves(
-    a_desc, b_desc, c_desc, out_desc, G, BEGIN, END, SEGMENTS, items, heads, scale, TURNED: gl.constexpr,
+    a_desc, b_desc, c_desc, out_desc, G, BEGIN, END, SEGMENTS, items, heads, scale, TURNED: gl.constexpr, REVERSE: gl.constexpr,
     GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `sweep.sweep` forwards, for one decay a head (G None: none). Grid: any number of programs, at most items."""
+    """As `sweep.sweep` with one decay a head (G None: none), for all segments. Grid: any number of programs."""
     DTYPE: gl.constexpr = out_desc.dtype
     DIM: gl.constexpr = a_desc.block_type.shape[3]
     HELD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, DIM], DTYPE)
@@ -172,14 +181,14 @@ def sweep_halves(
         [
             (carry_half, (
                 out_desc, a_tiles, b_tiles, c_tiles, o_tiles, held_tiles, full, empty, G, BEGIN, END, SEGMENTS,
-                items, heads, scale, TURNED, gl.constexpr(0),
+                items, heads, scale, TURNED, REVERSE, gl.constexpr(0),
             )),
             (carry_half, (
                 out_desc, a_tiles, b_tiles, c_tiles, o_tiles, held_tiles, full, empty, G, BEGIN, END, SEGMENTS,
-                items, heads, scale, TURNED, gl.constexpr(1),
+                items, heads, scale, TURNED, REVERSE, gl.constexpr(1),
             )),
             (copy, (
-                a_desc, b_desc, c_desc, a_tiles, b_tiles, c_tiles, full, empty, SEGMENTS, items, heads,
+                a_desc, b_desc, c_desc, a_tiles, b_tiles, c_tiles, full, empty, SEGMENTS, items, heads, REVERSE,
                 GROUP_A, GROUP_B, GROUP_C,
             )),
         ],
@@ -190,7 +199,7 @@ def sweep_halves(
 
 def sweep(
     a: Tensor, b: Tensor, c: Tensor, out: Tensor, decay: Tensor | None, segments: Any, scale: float,
-    begin: Tensor | None, end: Tensor | None,
+    begin: Tensor | None, end: Tensor | None, reverse: bool,
 ) -> None:  # fmt: skip
     """Launch `sweep_halves` over all segments."""
     heads = out.shape[1]
@@ -201,7 +210,7 @@ def sweep(
     chunk, half = CHUNK.value, HALF.value
     tensors: list[Any] = [described(a, chunk, DIM), described(b, chunk, DIM), described(c, chunk, half)]
     sweep_halves[(min(items, cores),)](
-        *tensors, described(out, chunk, half), decay, begin, end, segments.table, items, heads, scale, turned,
+        *tensors, described(out, chunk, half), decay, begin, end, segments.table, items, heads, scale, turned, reverse,
         GROUP_A=heads // a.shape[1], GROUP_B=heads // b.shape[1], GROUP_C=heads // c.shape[1], STAGES=STAGES,
         num_warps=4,
     )  # fmt: skip

@@ -239,11 +239,11 @@ def run(
     a triangle, c is written with strength beta.
     """
     dim, columns = b.shape[3], c.shape[3]
-    plain = rule is None and alone is None and anchors is None and total is None and not reverse
+    plain = rule is None and alone is None and anchors is None and meet is None
     if plain and out is not None and on_hopper(p, (a, b, c, out)):
         from regard.kernels.states import hopper
 
-        hopper.sweep(a, b, c, out, p.decay, p.segments, scale, begin, end)
+        hopper.sweep(a, b, c, out, p.decay, p.segments, scale, begin, end, reverse)
         return
     keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
