@@ -159,8 +159,9 @@ def carry_half(
 
 @gluon.jit(do_not_specialize=["items", "heads"])
 def sweep_halves(
-    a_desc, b_desc, c_desc, out_desc, G, BEGIN, END, SEGMENTS, items, heads, scale, TURNED: gl.constexpr, REVERSE: gl.constexpr,
-    GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr, STAGES: gl.constexpr,
+    a_desc, b_desc, c_desc, out_desc, G, BEGIN, END, SEGMENTS, items, heads, scale,
+    TURNED: gl.constexpr, REVERSE: gl.constexpr, GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     """As `sweep.sweep` with one decay a head (G None: none), for all segments. Grid: any number of programs."""
     DTYPE: gl.constexpr = out_desc.dtype
