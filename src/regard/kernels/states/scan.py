@@ -239,11 +239,11 @@ def run(
     a triangle, c is written with strength beta.
     """
     dim, columns = b.shape[3], c.shape[3]
-    plain = rule is None and alone is None and anchors is None and meet is None
-    if plain and out is not None and on_hopper(p, (a, b, c, out)):
+    if rule is alone is anchors is meet is None and on_hopper(p, (a, b, c, out)):
         from regard.kernels.states import hopper
 
-        hopper.sweep(a, b, c, out, p.decay, p.segments, scale, begin, end, reverse)
+        more = {"scale": scale, "begin": begin, "end": end, "total": total, "reverse": reverse}
+        hopper.sweep(a, b, c, out, p.decay, p.segments, p.heads, **more)
         return
     keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
@@ -279,7 +279,7 @@ def on_hopper(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
         p.kind in (NONE, HEAD)
         and p.dtype != torch.float32
         and p.dim == p.columns == 128
-        and device.capability(tensors[0])[0] == 9
+        and device.capability(tensors[1])[0] == 9
         and fits(p, tensors)
     )
 

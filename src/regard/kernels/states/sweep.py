@@ -44,13 +44,6 @@ def rate(G, head):
 
 
 @triton.jit
-def faded(rate, chunks, CHUNK: tl.constexpr):
-    """How many of the first chunks leave nothing in the state after the last, as float32 has it."""
-    kept = 173.0 / tl.maximum(-rate, 1e-30) / CHUNK + 2
-    return chunks - tl.minimum(kept, chunks.to(tl.float32)).to(tl.int32)
-
-
-@triton.jit
 def along_head(rate, steps, rows, REVERSE: tl.constexpr):
     """`H` `[C]` and its total, for a chunk of `steps` tokens that all decay at `rate`."""
     gone = tl.maximum(steps - 1 - rows, 0) if REVERSE else tl.minimum(rows + 1, steps)
@@ -288,9 +281,9 @@ def sweep(
     WIDTH: tl.constexpr = COLUMNS if DECAY == 4 else DIM
     offsets = columns if DECAY == 4 else dims
     S, passed = begun(BEGIN, sn, segment, head, dims, columns, DIM, BLOCK), tl.zeros((DIM,), tl.float32)
-    slope, chunks = rate(G, head) if DECAY == 1 else 0.0, tl.cdiv(end - start, CHUNK)
-    for i in range(faded(slope, chunks, CHUNK) if DECAY == 1 and TOTAL is not None else 0, chunks):
-        index = chunks - 1 - i if REVERSE else i
+    slope = rate(G, head) if DECAY == 1 else 0.0
+    for i in range(tl.cdiv(end - start, CHUNK)):
+        index = tl.cdiv(end - start, CHUNK) - 1 - i if REVERSE else i
         token, chunk = start + index * CHUNK, first + index
         ok = rows < end - token
         x, y, z = shares(G, FACTORS, sg, batch, head, heads, token, end, chunk, slope, rows, offsets, WIDTH,
