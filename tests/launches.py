@@ -61,11 +61,13 @@ def scan_on_hopper() -> None:
     from regard.kernels import device
     from regard.kernels.states.scan import scan
 
-    for (B, T), dtype in [((64, 2048), torch.bfloat16), ((1, 131072), torch.float16)]:
-        q, decay = _empty(B, 16, T, 128, dtype=dtype), _empty(16, dtype=torch.float32)
-        state = _empty(B, 16, 128, 128, dtype=torch.float32)
-        with patch.object(device, "capability", lambda tensor: (9, 0)):
-            scan(q, q, q, decay=decay, initial_state=state if T == 2048 else None)
+    decay = _empty(16, dtype=torch.float32)
+    with patch.object(device, "capability", lambda tensor: (9, 0)):
+        scan(*(_empty(1, 16, 131072, 128, dtype=torch.float16) for _ in range(3)), decay=decay)
+        q, k, v = (_empty(64, 16, 2048, 128).requires_grad_() for _ in range(3))
+        state = _empty(64, 16, 128, 128, dtype=torch.float32)
+        out, _ = scan(q, k, v, decay=decay, initial_state=state)
+        out.backward(torch.empty_like(out))
 
 
 def rat() -> None:
