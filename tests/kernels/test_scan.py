@@ -89,6 +89,12 @@ def test_gates(kind, delta):
     check({name: x if x is None else inside(x) for name, x in given.items()})
 
 
+def test_decays_that_do_not_lie_side_by_side():
+    given = {name: x.float().to(DEVICE) for name, x in made("head", False, H=2, T=20).items() if x is not None}
+    apart = torch.stack([given["decay"], torch.zeros_like(given["decay"])], 1)[:, 0]
+    assert torch.equal(kernel.scan(**given | {"decay": apart})[0], kernel.scan(**given)[0])
+
+
 @pytest.mark.parametrize(("kind", "T"), [("channel", 1), ("token", 64), ("token", 129)])
 def test_lengths(kind, T):
     check(made(kind, True, T=T))

@@ -114,7 +114,7 @@ def scan(
         ends = cu_seqlens.tolist()
         spans = tuple((0, start, end) for start, end in pairwise(ends))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if decay is not None and decay.dim() == 4 and decay.stride(-1) != 1:
+    if decay is not None and decay.dim() != 3 and decay.stride(-1) != 1:
         decay = decay.contiguous()
     return _Scan.apply(q, k, v, decay, beta, initial_state, float(scale), spans)  # type: ignore[return-value]
 
@@ -239,7 +239,7 @@ def run(
     a triangle, c is written with strength beta.
     """
     dim, columns = b.shape[3], c.shape[3]
-    if rule is alone is anchors is meet is None and on_hopper(p, (a, b, c, out)):
+    if rule is alone is anchors is meet is None and not strict and on_hopper(p, b, (a, b, c, out)):
         from regard.kernels.states import hopper
 
         more = {"scale": scale, "begin": begin, "end": end, "total": total, "reverse": reverse}
@@ -273,13 +273,13 @@ def fits(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
     return not p.packed and all(aligned(x) for x in tensors if x is not None)
 
 
-def on_hopper(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether hopper.py has the kernel for a plain sweep over them."""
+def on_hopper(p: Problem, b: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether hopper.py has the kernel for a plain sweep over all `tensors`, b one of them."""
     return (
         p.kind in (NONE, HEAD)
         and p.dtype != torch.float32
         and p.dim == p.columns == 128
-        and device.capability(tensors[1])[0] == 9
+        and device.capability(b)[0] == 9
         and fits(p, tensors)
     )
 
