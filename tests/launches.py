@@ -57,6 +57,19 @@ def scan() -> None:
         torch.autograd.backward([out, last], [torch.empty_like(out), torch.empty_like(last)])
 
 
+def scan_on_hopper() -> None:
+    from regard.kernels import device
+    from regard.kernels.states.scan import scan
+
+    decay = _empty(16, dtype=torch.float32)
+    with patch.object(device, "capability", lambda tensor: (9, 0)):
+        scan(*(_empty(1, 16, 131072, 128, dtype=torch.float16) for _ in range(3)), decay=decay)
+        q, k, v = (_empty(64, 16, 2048, 128).requires_grad_() for _ in range(3))
+        state = _empty(64, 16, 128, 128, dtype=torch.float32)
+        out, _ = scan(q, k, v, decay=decay, initial_state=state)
+        out.backward(torch.empty_like(out))
+
+
 def rat() -> None:
     from regard.kernels.states.rat import mix
 

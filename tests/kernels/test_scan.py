@@ -89,6 +89,12 @@ def test_gates(kind, delta):
     check({name: x if x is None else inside(x) for name, x in given.items()})
 
 
+def test_decays_that_do_not_lie_side_by_side():
+    given = {name: x.float().to(DEVICE) for name, x in made("head", False, H=2, T=20).items() if x is not None}
+    apart = torch.stack([given["decay"], torch.zeros_like(given["decay"])], 1)[:, 0]
+    assert torch.equal(kernel.scan(**given | {"decay": apart})[0], kernel.scan(**given)[0])
+
+
 @pytest.mark.parametrize(("kind", "T"), [("channel", 1), ("token", 64), ("token", 129)])
 def test_lengths(kind, T):
     check(made(kind, True, T=T))
@@ -293,3 +299,48 @@ def test_refuses_to_teach_the_decay_of_a_head_in_sixteen_bits():
         kernel.refuses(q, q, q, decay=decay) == "one decay a head adds up over all tokens: its gradient needs float32"
     )
     assert kernel.refuses(*[q.float()] * 3, decay=decay) is None
+
+
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+FORWARD = {
+    "one token": {"T": 1},
+    "a chunk but one": {"T": 63},
+    "a chunk and one": {"T": 65, "initial": False},
+    "several chunks": {"T": 700, "dtype": torch.float16},
+    "heads inside tokens": {"T": 700, "change": inside},
+    "no decay": {"T": 200, "decay": None},
+    "extreme decays": {"T": 300, "decay": [0.0, -1e4, -torch.inf, -1e-7]},
+    "more segments than multiprocessors": {"T": 130, "B": 40},
+    "one long sequence": {"T": 1100, "B": 1, "initial": False},
+}
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel of hopper.py needs a Hopper GPU")
+@pytest.mark.parametrize("case", FORWARD)
+def test_kernel_for_hopper(case, monkeypatch):
+    how = {"B": 2, "dtype": torch.bfloat16, "change": lambda x: x, "initial": True} | FORWARD[case]
+    how = {"decay": [-0.001, -0.1, -0.5, -1.0]} | how
+    from regard.kernels.states import hopper
+
+    called, sweep = [], hopper.sweep
+    monkeypatch.setattr(hopper, "sweep", lambda *inputs, **options: called.append(sweep(*inputs, **options)))
+    given = made("none", False, B=how["B"], Hk=2, H=4, T=how["T"], D=128, Dv=128)
+    if not how["initial"]:
+        del given["initial_state"]
+    decay = None if how["decay"] is None else torch.tensor(how["decay"])
+    check({name: x if x is None else how["change"](x) for name, x in given.items()}, how["dtype"], decay=decay)
+    assert len(called) == (6 if case == "one long sequence" else 4), "output, three gradients, states of segments"
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel of hopper.py needs a Hopper GPU")
+def test_what_is_far_but_large_is_not_lost():
+    """A segment begins with all that float32 holds of those before; what has faded from it is not read."""
+    q, k, v = tokens(B=1, Hk=1, H=2, T=1030, D=128, Dv=128, dtype=torch.float32)
+    v[:, :, 524] *= 2.0**120
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    given = {"q": q, "k": k, "v": v, "decay": torch.tensor([-0.16, -1.0])}
+    _, expected = regard.scan(**{name: x.double() for name, x in given.items()}, backend="chunked")
+    _, state = regard.scan(**{name: x.to(DEVICE) for name, x in given.items()}, backend="triton")
+    for head in range(2):
+        compare({"state": state[:, head]}, {"state": expected[:, head]}, torch.bfloat16)
+    assert expected[0, 0].norm() > 5 * expected[0, 1].norm(), "what is far should be seen"

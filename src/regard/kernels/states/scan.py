@@ -114,7 +114,7 @@ def scan(
         ends = cu_seqlens.tolist()
         spans = tuple((0, start, end) for start, end in pairwise(ends))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if decay is not None and decay.dim() == 4 and decay.stride(-1) != 1:
+    if decay is not None and decay.dim() != 3 and decay.stride(-1) != 1:
         decay = decay.contiguous()
     return _Scan.apply(q, k, v, decay, beta, initial_state, float(scale), spans)  # type: ignore[return-value]
 
@@ -239,6 +239,12 @@ def run(
     a triangle, c is written with strength beta.
     """
     dim, columns = b.shape[3], c.shape[3]
+    if rule is alone is anchors is meet is None and not strict and on_hopper(p, b, (a, b, c, out)):
+        from regard.kernels.states import hopper
+
+        more = {"scale": scale, "begin": begin, "end": end, "total": total, "reverse": reverse}
+        hopper.sweep(a, b, c, out, p.decay, p.segments, p.heads, **more)
+        return
     keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
     entry = None if triangle is None else f.entry
@@ -257,15 +263,32 @@ def run(
     )  # fmt: skip
 
 
+def fits(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the copy engine can read and write them all.
+
+    It wants rows that begin at multiples of 16 bytes, and reads past the end of a packed sequence.
+    """
+    step = 16 // p.dtype.itemsize
+    aligned = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in x.stride()[:3])  # noqa: E731
+    return not p.packed and all(aligned(x) for x in tensors if x is not None)
+
+
+def on_hopper(p: Problem, b: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether hopper.py has the kernel for a plain sweep over all `tensors`, b one of them."""
+    return (
+        p.kind in (NONE, HEAD)
+        and p.dtype != torch.float32
+        and p.dim == p.columns == 128
+        and device.capability(b)[0] == 9
+        and fits(p, tensors)
+    )
+
+
 def bulked(
     p: Problem, wide: Sequence[Tensor | None], dim: int, narrow: Sequence[Tensor | None], block: int
 ) -> tuple[bool, list[Any], list[Any]]:
-    """Tensor descriptors in place of tensors read `dim` or `block` columns at a time, if all can have one.
-
-    The copy engine wants rows that begin at multiples of 16 bytes, and reads past the end of a packed sequence.
-    """
-    fits = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:3])  # noqa: E731
-    if p.packed or not all(fits(x) for x in (*wide, *narrow) if x is not None):
+    """Tensor descriptors in place of tensors read `dim` or `block` columns at a time, if all can have one."""
+    if not fits(p, (*wide, *narrow)):
         return False, list(wide), list(narrow)
 
     def described(x: Tensor | None, width: int) -> TensorDescriptor | None:
