@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from regard.kernels import ahead
 from regard.kernels.attention.hopper import described
 from regard.kernels.states.segments import Segments
 
@@ -233,7 +234,7 @@ def sweep(
     begin = begin if begin is None or turned else begin.contiguous()
     groups = [1 if x is None else heads // x.shape[1] for x in (a, b, c)]
     sides = ((a, DIM), (b, DIM), (c, half), (out, half))
-    sweep_halves[(min(items, cores),)](
+    ahead.launch(sweep_halves, (min(items, cores),))(
         *[None if x is None else described(x, chunk, width) for x, width in sides],
         decay, begin, end, total, segments.table, items, heads, scale, turned, reverse, *groups,
         STAGES=STAGES_OF_STATES if out is None else STAGES, num_warps=4,

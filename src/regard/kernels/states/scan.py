@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from regard.kernels import device
+from regard.kernels import ahead, device
 from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
@@ -116,15 +116,39 @@ def scan(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if decay is not None and decay.dim() != 3 and decay.stride(-1) != 1:
         decay = decay.contiguous()
-    return _Scan.apply(q, k, v, decay, beta, initial_state, float(scale), spans)  # type: ignore[return-value]
+    given, place = (q, k, v, decay, beta, initial_state), v.device
+
+    def call(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _Scan.apply(*tensors, float(scale), spans, place)  # type: ignore[return-value]
+
+    ahead.rehearse(lambda *tensors: call(*tensors)[0], given, _alike(given, spans))
+    return call(*given)
+
+
+def _alike(tensors: Sequence[Tensor | None], spans: tuple[tuple[int, int, int], ...]) -> tuple[Any, ...]:
+    """What calls that launch the same kernels have in common; not all of it, but then one or the other compiles."""
+    v = tensors[2]
+    segments = cut(spans, CHUNK, v.shape[1] * 2, v.device)
+    told = [
+        x if x is None else (x.dtype, x.requires_grad, x.dim(), x.shape[-1] if x.dim() == 4 else 0, x.shape[:2][-1])
+        for x in tensors
+    ]
+    inside = v.stride(2) > v.stride(1)
+    return (*told, segments.count > segments.sequences, inside, torch.is_grad_enabled(), v.device)
 
 
 class Problem:
-    """What all launches of one scan share: sizes, decays, segments."""
+    """What all launches of one scan share: sizes, decays, segments.
 
-    def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, spans: tuple[tuple[int, int, int], ...]) -> None:
+    `place` is the device of the tensors, unless they are a rehearsal's (see ahead.py).
+    """
+
+    def __init__(
+        self, q: Tensor, v: Tensor, decay: Tensor | None, spans: tuple[tuple[int, int, int], ...], place: torch.device
+    ) -> None:
         self.batch, self.heads, self.tokens, self.columns = v.shape
         self.dim, self.dtype, self.device = q.shape[3], v.dtype, v.device
+        self.place = place
         self.group = self.heads // q.shape[1]
         self.decay = decay
         self.kind = NONE if decay is None else {1: HEAD, 3: TOKEN, 4: CHANNEL}[decay.dim()]
@@ -137,8 +161,8 @@ class Problem:
         self.span = 16 if self.dtype == torch.float16 else 200
         # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
         self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-        self.segments = cut(spans, chunk, self.heads * 2, self.device)
-        self.whole = cut(spans, chunk, None, self.device)
+        self.segments = cut(spans, chunk, self.heads * 2, place)
+        self.whole = cut(spans, chunk, None, place)
         self.packed = len({row for row, _, _ in spans}) < len(spans)
         self.grid = (self.segments.longest, self.heads, self.segments.count)
 
@@ -191,12 +215,12 @@ def factored(p: Problem, q: Tensor, k: Tensor, entry: bool, triangle: Tensor | N
         wide=torch.empty(chunks, p.heads, p.blocks, dtype=torch.int32, device=p.device),
     )
     keywords = {"DIM": p.dim, "CHUNK": p.chunk, "GROUP": p.group, "GROUP_G": p.group_g}
-    factor[(p.grid[0] * p.blocks, *p.grid[1:])](
+    ahead.launch(factor, (p.grid[0] * p.blocks, *p.grid[1:]))(
         q, k, p.decay, f.left, f.right, f.entry, f.scaling, f.wide, p.segments.table,
         _three(q), _three(k), p.strides_g, _three(f.left), p.heads,
         BLOCK=p.dim // p.blocks, SPAN=p.span, **keywords, num_warps=4,
     )  # fmt: skip
-    mend[(-(-p.segments.longest // LOOK), *p.grid[1:])](
+    ahead.launch(mend, (-(-p.segments.longest // LOOK), *p.grid[1:]))(
         q, k, p.decay, f.scores, triangle, f.wide, p.segments.table,
         _three(q), _three(k), p.strides_g, p.heads, LOOK,
         BLOCKS=p.blocks, **keywords, num_warps=8, num_stages=1,
@@ -253,7 +277,7 @@ def run(
     strides = [_three(x) for x in (a, b, c, entry, of_out)]
     groups = [group(x) for x in (a, b, c)]
     bulk, (a, b, entry), (c, out, error) = bulked(p, (a, b, entry), dim, (c, out, error), block)
-    sweep[(blocks, p.heads, p.segments.count)](
+    ahead.launch(sweep, (blocks, p.heads, p.segments.count))(
         a, b, c, out, alone, p.decay, f.scaling, f.wide, None if turned else f.scores,
         beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
         *strides, p.strides_g, _three(beta if alone is None else alone), _four(begin), _four(end), scale, p.heads,
@@ -279,7 +303,7 @@ def on_hopper(p: Problem, b: Tensor, tensors: Sequence[Tensor | None]) -> bool:
         p.kind in (NONE, HEAD)
         and p.dtype != torch.float32
         and p.dim == p.columns == 128
-        and device.capability(b)[0] == 9
+        and device.capability(p.place)[0] == 9
         and fits(p, tensors)
     )
 
@@ -313,7 +337,7 @@ def carried(
         passed = torch.empty(p.segments.count, p.heads, dim, dtype=torch.float32, device=p.device)
         run(p, f, b, c, reverse=reverse, end=ends, total=passed)
     block = min(columns, 32)
-    join[(columns // block, p.heads, p.segments.sequences)](
+    ahead.launch(join, (columns // block, p.heads, p.segments.sequences))(
         ends, passed, begins, first, last, p.segments.offsets, _four(first), p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, MATRIX=matrix is not None, REVERSE=reverse,
     )  # fmt: skip
@@ -322,7 +346,7 @@ def carried(
 
 def solve(p: Problem, f: Factors, k: Tensor, beta: Tensor, triangle: Tensor) -> None:
     """Write the triangle of every chunk, `[chunks, H, C, C]`, which `factored` has begun."""
-    delta_rule.solve[p.grid](
+    ahead.launch(delta_rule.solve, p.grid)(
         k, f.entry, f.right, p.decay, f.wide, beta, triangle, p.segments.table,
         _three(k), _three(f.entry), p.strides_g, _three(beta), p.heads,
         DIM=p.dim, GROUP_K=p.group, DECAY=p.kind, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=1,
@@ -342,7 +366,7 @@ def back(
     bulk, (left, right, entry), (dout_, error, dvalue) = bulked(
         p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue), block
     )
-    delta_rule.back[(blocks, p.heads, p.segments.count)](
+    ahead.launch(delta_rule.back, (blocks, p.heads, p.segments.count))(
         left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, dbeta, later, p.decay,
         beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
         (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), _four(begin), _four(end),
@@ -364,8 +388,8 @@ class _Scan(torch.autograd.Function):
     """Sweeps with gradients, see the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, decay, beta, first, scale, spans):
-        p = Problem(q, v, decay, spans)
+    def forward(ctx: Any, q, k, v, decay, beta, first, scale, spans, place):
+        p = Problem(q, v, decay, spans, place)
         triangle = None if beta is None else p.matrices()
         f = factored(p, q, k, entry=beta is not None, triangle=triangle)
         out = p.like(p.columns, q)
@@ -408,7 +432,7 @@ class _Scan(torch.autograd.Function):
         final = last * dlast if learned and dlast is not None else None
         ddecay = _decays(p, f, (q, k), g, final)
         dbegin = g.first * ctx.scale if ctx.first else None
-        return _grouped(g.q, q), _grouped(g.k, k), g.v, ddecay, g.beta, dbegin, None, None
+        return _grouped(g.q, q), _grouped(g.k, k), g.v, ddecay, g.beta, dbegin, None, None, None
 
 
 @dataclass
@@ -509,7 +533,7 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
     timed = bulk and p.dim == p.columns == 128 and not p.settings["EXACT"]
     # Triton 3.6 reads shared memory out of bounds with 4 warps unless values are as wide as keys (docs/log.md).
     warps = 4 if p.dim == p.columns else 8
-    chunk_gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
+    ahead.launch(chunk_gradients, (p.grid[0] * (p.dim // block), *p.grid[1:]))(
         left, right, entry, *read, beta, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
         p.segments.table, *strides, p.strides_g, _three(beta), of_decay, _three(g.alone), scale, p.heads,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
@@ -520,7 +544,7 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
 def _mended(p, f, qk, dout, beta, g: Gradients, scale) -> None:
     """Launch `mend_gradients`."""
     q, k = qk
-    mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
+    ahead.launch(mend_gradients, (-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:]))(
         q, k, p.decay, dout, g.written, beta, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
         _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), _three(beta), scale,
         p.heads, LOOK,
@@ -557,7 +581,7 @@ def _gates(p, f, qk, g: Gradients, final) -> Tensor | None:
         dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
         ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
     strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
-    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
+    ahead.launch(gates, (-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count))(
         q, g.q, k, g.k, g.alone, g.query, p.decay, ddecay, f.wide, g.known,
         None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
         strides, _three(g.alone), p.heads,
