@@ -11,6 +11,7 @@ and k in place of q, because its correction reads the state as a query would: gr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
 from regard.kernels.states.gradients import chunk_gradients
-from regard.kernels.states.segments import EVERY, cut, join
+from regard.kernels.states.segments import EVERY, Segments, cut, join
 from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
 
 SIZES = (16, 32, 64, 128, 256)
@@ -109,7 +110,7 @@ def scan(
     if beta is not None and not delta:
         v, beta = v * beta[..., None].to(v.dtype), None
     if cu_seqlens is None:
-        spans = tuple((row, 0, v.shape[2]) for row in range(v.shape[0]))
+        spans = _rows(v.shape[0], v.shape[2])
     else:
         ends = cu_seqlens.tolist()
         spans = tuple((0, start, end) for start, end in pairwise(ends))
@@ -117,6 +118,12 @@ def scan(
     if decay is not None and decay.dim() != 3 and decay.stride(-1) != 1:
         decay = decay.contiguous()
     return _Scan.apply(q, k, v, decay, beta, initial_state, float(scale), spans)  # type: ignore[return-value]
+
+
+@lru_cache
+def _rows(batch: int, tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """A sequence a row; the same tuple every time, so that it is found at once where segments are kept."""
+    return tuple((row, 0, tokens) for row in range(batch))
 
 
 class Problem:
@@ -138,9 +145,13 @@ class Problem:
         # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
         self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         self.segments = cut(spans, chunk, self.heads * 2, self.device)
-        self.whole = cut(spans, chunk, None, self.device)
-        self.packed = len({row for row, _, _ in spans}) < len(spans)
+        self.spans, self.packed = spans, self.batch < len(spans)
         self.grid = (self.segments.longest, self.heads, self.segments.count)
+
+    @cached_property
+    def whole(self) -> Segments:
+        """Every sequence in one piece."""
+        return cut(self.spans, self.chunk, None, self.device)
 
     def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
