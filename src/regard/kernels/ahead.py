@@ -1,8 +1,8 @@
 """All kernels of a call compiled side by side, before the first of them is launched.
 
-A call that launches a dozen kernels, gradients included, compiles them one after the other when it is first made: half a
-minute for the delta rule with decay by channel. A rehearsal walks through the call with tensors that have no memory, so
-that every compilation is known at once, and threads share them out.
+A call that launches a dozen kernels, gradients included, compiles them one after the other when it is first made: half
+a minute for the delta rule with decay by channel. A rehearsal walks through the call with tensors that have no memory,
+so that every compilation is known at once, and threads share them out.
 """
 
 import os

@@ -11,6 +11,7 @@ and k in place of q, because its correction reads the state as a query would: gr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +25,7 @@ from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
 from regard.kernels.states.gradients import chunk_gradients
-from regard.kernels.states.segments import EVERY, cut, join
+from regard.kernels.states.segments import EVERY, Segments, cut, join
 from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
 
 SIZES = (16, 32, 64, 128, 256)
@@ -109,7 +110,7 @@ def scan(
     if beta is not None and not delta:
         v, beta = v * beta[..., None].to(v.dtype), None
     if cu_seqlens is None:
-        spans = tuple((row, 0, v.shape[2]) for row in range(v.shape[0]))
+        spans = _rows(v.shape[0], v.shape[2])
     else:
         ends = cu_seqlens.tolist()
         spans = tuple((0, start, end) for start, end in pairwise(ends))
@@ -121,20 +122,25 @@ def scan(
     def call(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         return _Scan.apply(*tensors, float(scale), spans, place)  # type: ignore[return-value]
 
-    ahead.rehearse(lambda *tensors: call(*tensors)[0], given, _alike(given, spans))
+    ahead.rehearse(lambda *tensors: call(*tensors)[0], given, _alike(v, given, spans))
     return call(*given)
 
 
-def _alike(tensors: Sequence[Tensor | None], spans: tuple[tuple[int, int, int], ...]) -> tuple[Any, ...]:
+def _alike(v: Tensor, tensors: Sequence[Tensor | None], spans: Sequence[Any]) -> tuple[Any, ...]:
     """What calls that launch the same kernels have in common; not all of it, but then one or the other compiles."""
-    v = tensors[2]
-    segments = cut(spans, CHUNK, v.shape[1] * 2, v.device)
     told = [
         x if x is None else (x.dtype, x.requires_grad, x.dim(), x.shape[-1] if x.dim() == 4 else 0, x.shape[:2][-1])
         for x in tensors
     ]
-    inside = v.stride(2) > v.stride(1)
-    return (*told, segments.count > segments.sequences, inside, torch.is_grad_enabled(), v.device)
+    # Whether sequences are cut depends on how many there are, and how long.
+    length, inside = v.shape[2].bit_length(), v.stride(2) > v.stride(1)
+    return (*told, len(spans), length, inside, torch.is_grad_enabled(), v.device)
+
+
+@lru_cache
+def _rows(batch: int, tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """A sequence a row; the same tuple every time, so that it is found at once where segments are kept."""
+    return tuple((row, 0, tokens) for row in range(batch))
 
 
 class Problem:
@@ -162,9 +168,13 @@ class Problem:
         # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
         self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
         self.segments = cut(spans, chunk, self.heads * 2, place)
-        self.whole = cut(spans, chunk, None, place)
-        self.packed = len({row for row, _, _ in spans}) < len(spans)
+        self.spans, self.packed = spans, self.batch < len(spans)
         self.grid = (self.segments.longest, self.heads, self.segments.count)
+
+    @cached_property
+    def whole(self) -> Segments:
+        """Every sequence in one piece."""
+        return cut(self.spans, self.chunk, None, self.place)
 
     def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
