@@ -250,7 +250,7 @@ def run(
     p: Problem,
     f: Factors,
     b: Tensor,
-    c: Tensor,
+    c: Tensor | None,
     *,
     a: Tensor | None = None,
     out: Tensor | None = None,
@@ -270,18 +270,28 @@ def run(
     """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
 
     `strict`: without the token itself, whose product goes to `alone`. `rule`: (beta, triangle, error or None); without
-    a triangle, c is written with strength beta.
+    a triangle, c is written with strength beta. Without c, it is zeros, as wide as b.
     """
-    dim, columns = b.shape[3], c.shape[3]
-    if rule is alone is anchors is meet is None and not strict and on_hopper(p, b, (a, b, c, out)):
+    if rule is alone is anchors is meet is None and not strict and on_hopper(p, (NONE, HEAD), (a, b, c, out)):
         from regard.kernels.states import hopper
 
         more = {"scale": scale, "begin": begin, "end": end, "total": total, "reverse": reverse}
         hopper.sweep(a, b, c, out, p.decay, p.segments, p.heads, **more)
         return
-    keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
     entry = None if triangle is None else f.entry
+    if triangle is not None and on_hopper(p, (NONE, TOKEN, CHANNEL), (a, b, c, out, entry, error)):
+        from regard.kernels.states import hopper_delta
+
+        marks = (f.scaling, f.wide, f.scores)
+        hopper_delta.sweep(
+            a, b, c, out, rule, entry, p.decay, marks, p.kind, p.segments, p.heads, scale=scale, begin=begin, end=end
+        )
+        return
+    if c is None:
+        c = torch.zeros(b.shape[3], dtype=p.dtype, device=p.device).expand(p.batch, p.heads, p.tokens, -1)
+    dim, columns = b.shape[3], c.shape[3]
+    keywords, (blocks, block) = p.launch(dim, columns)
     of_out = error if out is None else out
     group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
     strides = [_three(x) for x in (a, b, c, entry, of_out)]
@@ -307,10 +317,10 @@ def fits(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
     return not p.packed and all(aligned(x) for x in tensors if x is not None)
 
 
-def on_hopper(p: Problem, b: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether hopper.py has the kernel for a plain sweep over all `tensors`, b one of them."""
+def on_hopper(p: Problem, kinds: Sequence[int], tensors: Sequence[Tensor | None]) -> bool:
+    """Whether there is a kernel for Hopper, which knows these kinds of decay, for a sweep over all `tensors`."""
     return (
-        p.kind in (NONE, HEAD)
+        p.kind in kinds
         and p.dtype != torch.float32
         and p.dim == p.columns == 128
         and device.capability(p.place)[0] == 9
@@ -389,8 +399,7 @@ def transition(p: Problem, f: Factors, given: tuple[Tensor, Tensor, None]) -> Te
     """The matrix each segment applies to its first state under the delta rule: what a sweep makes of the identity."""
     eye = torch.eye(p.dim, dtype=torch.float32, device=p.device)
     matrix = p.states(p.dim, p.dim)
-    nothing = torch.zeros(p.dim, dtype=p.dtype, device=p.device).expand(p.batch, p.heads, p.tokens, p.dim)
-    run(p, f, f.right, nothing, begin=eye.expand(p.segments.count, p.heads, -1, -1), end=matrix, rule=given)
+    run(p, f, f.right, None, begin=eye.expand(p.segments.count, p.heads, -1, -1), end=matrix, rule=given)
     return matrix
 
 
