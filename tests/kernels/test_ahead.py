@@ -58,9 +58,9 @@ def test_what_is_rehearsed_is_all_that_a_call_compiles(monkeypatch, tmp_path, T,
         function.device_caches.clear()
     make = drawn(3)
     q, k, v = (make(1, T, 2, 128).to(DEVICE, torch.bfloat16).transpose(1, 2).requires_grad_() for _ in range(3))
-    decay = {1: make(2), 3: make(1, 2, T), 4: make(1, 2, T, 128)}[gates].abs().neg().to(DEVICE)
+    decay = {1: make(2), 3: make(1, 2, T), 4: make(1, 2, T, 128)}[gates].abs().neg().to(DEVICE, torch.float32)
     decay.requires_grad_(gates > 1)
-    beta = make(1, 2, T).sigmoid().to(DEVICE).requires_grad_() if delta else None
+    beta = make(1, 2, T).sigmoid().to(DEVICE, torch.float32).requires_grad_() if delta else None
     out, _ = regard.scan(q, k, v, decay=decay, beta=beta, delta=delta, scale=0.1, backend="triton")
     out.backward(torch.ones_like(out))
     assert compiled

@@ -291,6 +291,11 @@ def test_refuses_mixed_dtypes():
     assert "got torch.float32, torch.float32, torch.bfloat16" in kernel.refuses(q, q, q.bfloat16())
 
 
+def test_refuses_decays_of_64_bits():
+    q, decay = torch.zeros(1, 1, 4, 16, device=DEVICE), torch.zeros(1, 1, 4, 16, dtype=torch.float64, device=DEVICE)
+    assert "decays in bfloat16, float16 or float32, got torch.float64" in kernel.refuses(q, q, q, decay=decay)
+
+
 def test_refuses_to_teach_the_decay_of_a_head_in_sixteen_bits():
     q, decay = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16, device=DEVICE), torch.zeros(1, device=DEVICE)
     assert kernel.refuses(q, q, q, decay=decay) is None

@@ -54,6 +54,8 @@ def refuses(
         return (
             f"the kernels take q, k, v of one dtype, bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    if decay is not None and decay.dtype not in DTYPES:
+        return f"the kernels take decays in bfloat16, float16 or float32, got {decay.dtype}"
     for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
         if size not in SIZES:
             return f"the kernels take {name} of {', '.join(map(str, SIZES))}, got {size}"
