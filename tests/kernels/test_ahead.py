@@ -71,7 +71,7 @@ def kernels():
     """All kernels of the scan."""
     from triton.runtime.jit import JITFunction
 
-    from regard.kernels.states import delta, factor, gates, gradients, hopper, scan, segments, sweep
+    from regard.kernels.states import delta, factor, gates, gradients, hopper, hopper_delta, segments, sweep
 
-    modules = (delta, factor, gates, gradients, hopper, scan, segments, sweep)
+    modules = (delta, factor, gates, gradients, hopper, hopper_delta, segments, sweep)
     return {x for module in modules for x in vars(module).values() if isinstance(x, JITFunction)}

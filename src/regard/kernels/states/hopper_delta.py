@@ -2,7 +2,8 @@
 
 As in hopper.py three groups of warps share a multiprocessor: one copies tiles, two each carry 64 columns of the state.
 What the state says of keys and queries, what is corrected and what is written all stay in registers here, transposed
-(columns by tokens), as the left side of the product that comes next; only the weights of a chunk go through shared memory.
+(columns by tokens), as the left side of the product that comes next; only the weights of a chunk go through shared
+memory.
 """
 
 import math
@@ -81,6 +82,13 @@ def decays(G, sg_b, sg_h, batch, head, token, end, tokens, GROUP_G: gl.constexpr
 
 
 @gluon.jit
+def matrix(tiles, index, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """One of the tiles, without the dimensions of size 1."""
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], tiles.dtype)
+    return tiles.index(index)._reinterpret(tiles.dtype, [ROWS, COLUMNS], LAYOUT)
+
+
+@gluon.jit
 def strengths(BETA, sw_b, sw_h, sw_t, batch, head, token, end, tokens):
     """Write strengths, kept off 0 as in `sweep.strengths`."""
     spot = BETA + batch.to(gl.int64) * sw_b + head * sw_h + (token + tokens).to(gl.int64) * sw_t
@@ -108,54 +116,81 @@ def begun(BEGIN, item, columns, dims, LAYOUT: gl.constexpr, HALF: gl.constexpr, 
 
 
 @gluon.jit
-def weights(scores, H, SCORES, wide, chunk, head, heads, DECAY: gl.constexpr):
-    """Products of queries and keys with their decay, 0 where the key comes after the query."""
+def weights(scores, SCORES, wide, chunk, head, heads):
+    """Products of queries and keys, 0 where the key comes after the query; of wide chunks those of factor.py."""
     LAYOUT: gl.constexpr = scores.type.layout
     i, j = gl.arange(0, CHUNK, gl.SliceLayout(1, LAYOUT)), gl.arange(0, CHUNK, gl.SliceLayout(0, LAYOUT))
     scores = gl.where(i[:, None] >= j[None, :], scores, 0.0)
-    if DECAY == 2:
-        H_i = gl.convert_layout(H, gl.SliceLayout(1, LAYOUT))
-        scores *= gl.exp2(gl.minimum(H_i[:, None] - H[None, :], 0.0))
-    if DECAY == 3:
-        if wide:
-            corner = SCORES + (chunk * heads + head).to(gl.int64) * CHUNK * CHUNK
-            scores = gl.load(corner + i[:, None] * CHUNK + j[None, :]).to(gl.float32)
+    if wide:
+        corner = SCORES + (chunk * heads + head).to(gl.int64) * CHUNK * CHUNK
+        scores = gl.load(corner + i[:, None] * CHUNK + j[None, :]).to(gl.float32)
     return scores
 
 
 @gluon.jit
-def written_by(S, a, b, key, c, solved, p_tile, beta, H, SCORES, wide, chunk, head, heads, DECAY: gl.constexpr):
+def written_by(
+    S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, stage, beta, H, SCORES, wide, chunk, head, heads,
+    DECAY: gl.constexpr, OWN: gl.constexpr,
+):  # fmt: skip
     """What the chunk writes, and what its queries read of the state (0 without queries), columns by tokens."""
     DTYPE: gl.constexpr = b.dtype
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, READ, 2)
+    solved = matrix(solved_tiles, stage, CHUNK, CHUNK)
+    key = b if entry_tiles is None else matrix(entry_tiles, stage, CHUNK, S.shape[1])
     zero = gl.zeros([HALF, CHUNK], gl.float32, READ)
     held = gl.convert_layout(S.to(DTYPE), LEFT)
     known = warpgroup_mma(held, key.permute((1, 0)), zero, use_acc=False, is_async=True)
     out = zero
-    if a is None:
+    if a_tiles is None:
         known, held = warpgroup_mma_wait(0, deps=[known, held])
     else:
+        a = matrix(a_tiles, stage, CHUNK, S.shape[1])
         scores = warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
         out = warpgroup_mma(held, a.permute((1, 0)), zero, use_acc=False, is_async=True)
         known = warpgroup_mma_wait(2, deps=[known])
     if DECAY == 2:
         known *= gl.exp2(H)[None, :]
-    if c is None:
+    if c_tiles is None:
         error = -known * beta[None, :]
     else:
+        c = matrix(c_tiles, 2 * stage + OWN, CHUNK, HALF)
         error = (c.permute((1, 0)).load(READ).to(gl.float32) - known) * beta[None, :]
     error = gl.convert_layout(error.to(solved.dtype), LEFT)
     written = warpgroup_mma(error, solved.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if a is None:
+    if a_tiles is None:
         written, error = warpgroup_mma_wait(0, deps=[written, error])
     else:
         scores = warpgroup_mma_wait(2, deps=[scores])
-        p_tile.store(weights(scores, H, SCORES, wide, chunk, head, heads, DECAY).to(DTYPE))
+        p_tiles.index(OWN).store(weights(scores, SCORES, wide, chunk, head, heads).to(DTYPE))
         fence_async_shared()
         gl.thread_barrier()
         written, error, out, held = warpgroup_mma_wait(0, deps=[written, error, out, held])
     return written, out
+
+
+@gluon.jit
+def add(S, written, out, b, p_tiles, H, total, wide, FACTORS, chunk, head, heads, dims, DECAY: gl.constexpr,
+        OWN: gl.constexpr):  # fmt: skip
+    """State and output with what was written, both in the making, and the left sides of the two products."""
+    TURNED: gl.constexpr = gl.DotOperandLayout(0, S.type.layout, 2)
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, written.type.layout, 2)
+    DIM: gl.constexpr = S.shape[1]
+    kept = written.to(b.dtype)
+    late = kept
+    if DECAY == 2:
+        late = (kept.to(gl.float32) * gl.exp2(total - H)[None, :]).to(b.dtype)
+        S *= gl.exp2(total)
+    if DECAY == 3:  # noqa: SIM102 - of the two, only the first is known to the compiler
+        if wide:
+            S *= factors(FACTORS, chunk, head, heads, 1, dims, True, DIM)[None, :]
+    turned = gl.convert_layout(late, TURNED)
+    left = turned
+    S = warpgroup_mma(turned, b, S, is_async=True)
+    if p_tiles is not None:
+        left = gl.convert_layout(kept, LEFT)
+        out = warpgroup_mma(left, p_tiles.index(OWN).permute((1, 0)), out, is_async=True)
+    return S, turned, out, left
 
 
 @gluon.jit
@@ -184,16 +219,10 @@ def carry_half(
     DECAY: gl.constexpr, GROUP_G: gl.constexpr, BLOCKS: gl.constexpr, OWN: gl.constexpr,
 ):  # fmt: skip
     """The warps that carry 64 columns of the state."""
-    DTYPE: gl.constexpr = b_tiles.dtype
     STAGES: gl.constexpr = b_tiles.shape[0]
     DIM: gl.constexpr = b_tiles.shape[4]
     STATE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     READ: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, CHUNK, 16])
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, READ, 2)
-    TURNED: gl.constexpr = gl.DotOperandLayout(0, STATE, 2)
-    FULL: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, DIM], DTYPE)
-    NARROW: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, HALF], DTYPE)
-    SOLVED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, CHUNK], solved_tiles.dtype)
     columns = OWN * HALF + gl.arange(0, HALF, gl.SliceLayout(1, STATE))
     dims, tokens = gl.arange(0, DIM, gl.SliceLayout(0, STATE)), gl.arange(0, CHUNK, gl.SliceLayout(0, READ))
     step = 0
@@ -210,34 +239,15 @@ def carry_half(
             if DECAY == 2:
                 H, total = decays(G, sg_b, sg_h, batch, head, token, end, tokens, GROUP_G)
             wide = is_wide(WIDE, chunk, head, heads, BLOCKS)
-            a, key, c, p_tile = None, None, None, None
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            b = b_tiles.index(stage)._reinterpret(DTYPE, [CHUNK, DIM], FULL)
-            solved = solved_tiles.index(stage)._reinterpret(solved_tiles.dtype, [CHUNK, CHUNK], SOLVED)
-            if entry_tiles is None:
-                key = b
-            else:
-                key = entry_tiles.index(stage)._reinterpret(DTYPE, [CHUNK, DIM], FULL)
-            if c_tiles is not None:
-                c = c_tiles.index(2 * stage + OWN)._reinterpret(DTYPE, [CHUNK, HALF], NARROW)
-            if a_tiles is not None:
-                a, p_tile = a_tiles.index(stage)._reinterpret(DTYPE, [CHUNK, DIM], FULL), p_tiles.index(OWN)
-            written, out = written_by(S, a, b, key, c, solved, p_tile, beta, H, SCORES, wide, chunk, head, heads, DECAY)
-            kept = written.to(DTYPE)
-            late = kept
-            if DECAY == 2:
-                late = (kept.to(gl.float32) * gl.exp2(total - H)[None, :]).to(DTYPE)
-                S *= gl.exp2(total)
-            if DECAY == 3:
-                if wide:
-                    S *= factors(FACTORS, chunk, head, heads, 1, dims, True, DIM)[None, :]
-            turned = gl.convert_layout(late, TURNED)
-            S = warpgroup_mma(turned, b, S, is_async=True)
-            if out_desc is not None:
-                if DECAY == 2:
-                    out *= gl.exp2(H)[None, :]
-                left = gl.convert_layout(kept, LEFT)
-                out = warpgroup_mma(left, p_tile.permute((1, 0)), out, is_async=True)
+            b = matrix(b_tiles, stage, CHUNK, DIM)
+            written, out = written_by(
+                S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, stage, beta, H, SCORES, wide, chunk, head,
+                heads, DECAY, OWN,
+            )  # fmt: skip
+            S, turned, out, left = add(
+                S, written, out, b, p_tiles, H, total, wide, FACTORS, chunk, head, heads, dims, DECAY, OWN
+            )
             if error_desc is not None:
                 put(error_desc, e_tiles.index(2 * OWN + step % 2), written / beta[None, :], batch, head, token, OWN)
             if out_desc is not None:
@@ -264,7 +274,10 @@ def sweep_delta(
     DECAY: gl.constexpr, GROUP_A: gl.constexpr, GROUP_B: gl.constexpr, GROUP_C: gl.constexpr, GROUP_G: gl.constexpr,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """As `sweep.sweep` by the delta rule, for all segments; without c, of zeros. Grid: any number of programs."""
+    """As `sweep.sweep` by the delta rule, for all segments; without c, of zeros. Grid: any number of programs.
+
+    With outputs, channels must decay on their own.
+    """
     DTYPE: gl.constexpr = b_desc.dtype
     DIM: gl.constexpr = b_desc.block_type.shape[3]
     SQUARE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([CHUNK, CHUNK], DTYPE)

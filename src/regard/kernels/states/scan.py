@@ -11,25 +11,24 @@ and k in place of q, because its correction reads the state as a query would: gr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from regard.kernels import ahead, device
 from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
 from regard.kernels.states.gradients import chunk_gradients
-from regard.kernels.states.segments import EVERY, Segments, cut, join
+from regard.kernels.states.problem import Factors, Problem, bulked, four, on_hopper, three
+from regard.kernels.states.segments import EVERY, join
 from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
 
 SIZES = (16, 32, 64, 128, 256)
-CHUNK = 64
 # Chunks that one program looks through for wide ones.
 LOOK = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -72,24 +71,6 @@ def refuses(
     if 0 in q.shape:
         return "there is nothing to compute"
     return None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight."""
-
-    block: int
-    warps: int
-    stages: int
-
-
-def launch(dim: int, columns: int, dtype: torch.dtype) -> Launch:
-    """A fixed table, so that nothing is tried at run time (docs/log.md has the measurements)."""
-    if dtype == torch.float32:
-        return Launch(min(columns, 64), 4 if dim <= 64 else 8, 1)
-    if dim > 128:
-        return Launch(min(columns, 64), 8, 1)
-    return Launch(min(columns, 64), 4, 2)
 
 
 def scan(
@@ -145,74 +126,6 @@ def _rows(batch: int, tokens: int) -> tuple[tuple[int, int, int], ...]:
     return tuple((row, 0, tokens) for row in range(batch))
 
 
-class Problem:
-    """What all launches of one scan share: sizes, decays, segments.
-
-    `place` is the device of the tensors, unless they are a rehearsal's (see ahead.py).
-    """
-
-    def __init__(
-        self, q: Tensor, v: Tensor, decay: Tensor | None, spans: tuple[tuple[int, int, int], ...], place: torch.device
-    ) -> None:
-        self.batch, self.heads, self.tokens, self.columns = v.shape
-        self.dim, self.dtype, self.device = q.shape[3], v.dtype, v.device
-        self.place = place
-        self.group = self.heads // q.shape[1]
-        self.decay = decay
-        self.kind = NONE if decay is None else {1: HEAD, 3: TOKEN, 4: CHANNEL}[decay.dim()]
-        self.group_g = 1 if decay is None or decay.dim() == 1 else self.heads // decay.shape[1]
-        self.strides_g = (0, 0, 0) if decay is None or decay.dim() == 1 else decay.stride()[:3]
-        self.chunk = chunk = CHUNK
-        self.settings = {"CHUNK": chunk, "GROUP_G": self.group_g, "EXACT": self.dtype == torch.float32}
-        self.blocks = max(1, self.dim // 64)
-        # float16 overflows long before bfloat16 does.
-        self.span = 16 if self.dtype == torch.float16 else 200
-        # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
-        self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-        self.segments = cut(spans, chunk, self.heads * 2, place)
-        self.spans, self.packed = spans, self.batch < len(spans)
-        self.grid = (self.segments.longest, self.heads, self.segments.count)
-
-    @cached_property
-    def whole(self) -> Segments:
-        """Every sequence in one piece."""
-        return cut(self.spans, self.chunk, None, self.place)
-
-    def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
-        """Keywords of a launch, and its number of column blocks and their size."""
-        how = launch(dim, columns, self.dtype)
-        return {"num_warps": how.warps, "num_stages": how.stages}, (columns // how.block, how.block)
-
-    def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
-        """Memory for a state of every segment."""
-        shape = (count or self.segments.count, self.heads, rows, columns)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def matrices(self) -> Tensor:
-        """Memory for a matrix of every chunk and head, `[chunks, H, C, C]`."""
-        shape = (self.segments.chunks, self.heads, self.chunk, self.chunk)
-        return torch.empty(shape, dtype=self.fine, device=self.device)
-
-    def like(self, columns: int, model: Tensor) -> Tensor:
-        """Memory for `[B, H, T, columns]`, with heads inside tokens where `model` has them so."""
-        sizes = {"dtype": self.dtype, "device": self.device}
-        if model.stride(2) > model.stride(1):
-            return torch.empty(self.batch, self.tokens, self.heads, columns, **sizes).transpose(1, 2)
-        return torch.empty(self.batch, self.heads, self.tokens, columns, **sizes)
-
-
-@dataclass
-class Factors:
-    """What `factor` makes of q, k and decays by channel; without such decays, q and k themselves."""
-
-    left: Tensor
-    right: Tensor
-    entry: Tensor | None = None
-    scores: Tensor | None = None
-    scaling: Tensor | None = None
-    wide: Tensor | None = None
-
-
 def factored(p: Problem, q: Tensor, k: Tensor, entry: bool, triangle: Tensor | None = None) -> Factors:
     """Launch `factor` if channels decay on their own; `triangle` receives what `solve` needs of wide chunks."""
     if p.kind != CHANNEL:
@@ -229,23 +142,15 @@ def factored(p: Problem, q: Tensor, k: Tensor, entry: bool, triangle: Tensor | N
     keywords = {"DIM": p.dim, "CHUNK": p.chunk, "GROUP": p.group, "GROUP_G": p.group_g}
     ahead.launch(factor, (p.grid[0] * p.blocks, *p.grid[1:]))(
         q, k, p.decay, f.left, f.right, f.entry, f.scaling, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(f.left), p.heads,
+        three(q), three(k), p.strides_g, three(f.left), p.heads,
         BLOCK=p.dim // p.blocks, SPAN=p.span, **keywords, num_warps=4,
     )  # fmt: skip
     ahead.launch(mend, (-(-p.segments.longest // LOOK), *p.grid[1:]))(
         q, k, p.decay, f.scores, triangle, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, p.heads, LOOK,
+        three(q), three(k), p.strides_g, p.heads, LOOK,
         BLOCKS=p.blocks, **keywords, num_warps=8, num_stages=1,
     )  # fmt: skip
     return f
-
-
-def _three(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def _four(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if x is None else x.stride()
 
 
 def run(
@@ -282,7 +187,9 @@ def run(
         return
     beta, triangle, error = rule or (None, None, None)
     entry = None if triangle is None else f.entry
-    if triangle is not None and on_hopper(p, (NONE, TOKEN, CHANNEL), (a, b, c, out, entry, error)):
+    # With outputs, registers do not suffice for decays by token, and the other is as fast.
+    kinds = (NONE, TOKEN, CHANNEL) if out is None else (CHANNEL,)
+    if triangle is not None and on_hopper(p, kinds, (a, b, c, out, entry, error)):
         from regard.kernels.states import hopper_delta
 
         marks = (f.scaling, f.wide, f.scores)
@@ -296,51 +203,16 @@ def run(
     keywords, (blocks, block) = p.launch(dim, columns)
     of_out = error if out is None else out
     group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
-    strides = [_three(x) for x in (a, b, c, entry, of_out)]
-    groups = [group(x) for x in (a, b, c)]
+    strides, groups = [three(x) for x in (a, b, c, entry, of_out)], [group(x) for x in (a, b, c)]
     bulk, (a, b, entry), (c, out, error) = bulked(p, (a, b, entry), dim, (c, out, error), block)
     ahead.launch(sweep, (blocks, p.heads, p.segments.count))(
         a, b, c, out, alone, p.decay, f.scaling, f.wide, None if turned else f.scores,
         beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
-        *strides, p.strides_g, _three(beta if alone is None else alone), _four(begin), _four(end), scale, p.heads,
+        *strides, p.strides_g, three(beta if alone is None else alone), four(begin), four(end), scale, p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
         DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk,
         BLOCKS=p.blocks, EVERY=every, **p.settings, **keywords,
     )  # fmt: skip
-
-
-def fits(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the copy engine can read and write them all.
-
-    It wants rows that begin at multiples of 16 bytes, and reads past the end of a packed sequence.
-    """
-    step = 16 // p.dtype.itemsize
-    aligned = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in x.stride()[:3])  # noqa: E731
-    return not p.packed and all(aligned(x) for x in tensors if x is not None)
-
-
-def on_hopper(p: Problem, kinds: Sequence[int], tensors: Sequence[Tensor | None]) -> bool:
-    """Whether there is a kernel for Hopper, which knows these kinds of decay, for a sweep over all `tensors`."""
-    return (
-        p.kind in kinds
-        and p.dtype != torch.float32
-        and p.dim == p.columns == 128
-        and device.capability(p.place)[0] == 9
-        and fits(p, tensors)
-    )
-
-
-def bulked(
-    p: Problem, wide: Sequence[Tensor | None], dim: int, narrow: Sequence[Tensor | None], block: int
-) -> tuple[bool, list[Any], list[Any]]:
-    """Tensor descriptors in place of tensors read `dim` or `block` columns at a time, if all can have one."""
-    if not fits(p, (*wide, *narrow)):
-        return False, list(wide), list(narrow)
-
-    def described(x: Tensor | None, width: int) -> TensorDescriptor | None:
-        return None if x is None else TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, p.chunk, width])
-
-    return True, [described(x, dim) for x in wide], [described(x, block) for x in narrow]
 
 
 def carried(
@@ -360,7 +232,7 @@ def carried(
         run(p, f, b, c, reverse=reverse, end=ends, total=passed)
     block = min(columns, 32)
     ahead.launch(join, (columns // block, p.heads, p.segments.sequences))(
-        ends, passed, begins, first, last, p.segments.offsets, _four(first), p.heads,
+        ends, passed, begins, first, last, p.segments.offsets, four(first), p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, MATRIX=matrix is not None, REVERSE=reverse,
     )  # fmt: skip
     return begins, last
@@ -370,7 +242,7 @@ def solve(p: Problem, f: Factors, k: Tensor, beta: Tensor, triangle: Tensor) -> 
     """Write the triangle of every chunk, `[chunks, H, C, C]`, which `factored` has begun."""
     ahead.launch(delta_rule.solve, p.grid)(
         k, f.entry, f.right, p.decay, f.wide, beta, triangle, p.segments.table,
-        _three(k), _three(f.entry), p.strides_g, _three(beta), p.heads,
+        three(k), three(f.entry), p.strides_g, three(beta), p.heads,
         DIM=p.dim, GROUP_K=p.group, DECAY=p.kind, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -383,15 +255,15 @@ def back(
     beta, triangle = taught
     error, dvalue, dbeta, later = given or (None,) * 4
     keywords, (blocks, block) = p.launch(p.dim, p.columns)
-    strides = [_three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
+    strides = [three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
     group = p.heads // f.left.shape[1]
     bulk, (left, right, entry), (dout_, error, dvalue) = bulked(
         p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue), block
     )
     ahead.launch(delta_rule.back, (blocks, p.heads, p.segments.count))(
         left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, dbeta, later, p.decay,
-        beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
-        (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), _four(begin), _four(end),
+        beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, three(beta),
+        (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), four(begin), four(end),
         scale, p.heads, DIM=p.dim, COLUMNS=p.columns, BLOCK=block, GROUP=group, DECAY=p.kind,
         BULK=bulk, BLOCKS=p.blocks, **p.settings, **keywords,
     )  # fmt: skip
@@ -544,7 +416,7 @@ def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
 def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> None:
     """Launch `chunk_gradients`, `block` channels a program."""
     step = min(p.columns, 64)
-    strides = [_three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
+    strides = [three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
     group = p.heads // f.left.shape[1]
     bulk, (left, right, entry, *made), read = bulked(
         p, (f.left, f.right, f.entry, g.q, g.k, g.query), block, (dout, g.v, g.written), step
@@ -556,7 +428,7 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
     warps = 4 if p.dim == p.columns else 8
     ahead.launch(chunk_gradients, (p.grid[0] * (p.dim // block), *p.grid[1:]))(
         left, right, entry, *read, beta, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
-        p.segments.table, *strides, p.strides_g, _three(beta), of_decay, _three(g.alone), scale, p.heads,
+        p.segments.table, *strides, p.strides_g, three(beta), of_decay, three(g.alone), scale, p.heads,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
         BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=warps, num_stages=3 if timed else 2,
     )  # fmt: skip
@@ -567,7 +439,7 @@ def _mended(p, f, qk, dout, beta, g: Gradients, scale) -> None:
     q, k = qk
     ahead.launch(mend_gradients, (-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:]))(
         q, k, p.decay, dout, g.written, beta, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), _three(beta), scale,
+        three(q), three(k), p.strides_g, three(dout), three(g.q), three(g.written), three(beta), scale,
         p.heads, LOOK,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, STRICT=g.alone is not None,
         SPAN=p.span, BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
@@ -604,8 +476,8 @@ def _gates(p, f, qk, g: Gradients, final) -> Tensor | None:
     strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
     ahead.launch(gates, (-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count))(
         q, g.q, k, g.k, g.alone, g.query, p.decay, ddecay, f.wide, g.known,
-        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
-        strides, _three(g.alone), p.heads,
+        None if final is None else final.sum(-1), p.whole.table, three(q), three(k), three(g.q), p.strides_g,
+        strides, three(g.alone), p.heads,
         DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
         **p.settings, num_warps=4 if channels else 8, num_stages=1,
     )  # fmt: skip
