@@ -63,11 +63,24 @@ def scan_on_hopper() -> None:
 
     decay = _empty(16, dtype=torch.float32)
     with patch.object(device, "capability", lambda tensor: (9, 0)):
-        scan(*(_empty(1, 16, 131072, 128, dtype=torch.float16) for _ in range(3)), decay=decay)
+        # A long text of few heads is cut into segments.
+        scan(*(_empty(1, 2, 131072, 128, dtype=torch.float16) for _ in range(3)), decay=decay[:2])
         q, k, v = (_empty(64, 16, 2048, 128).requires_grad_() for _ in range(3))
         state = _empty(64, 16, 128, 128, dtype=torch.float32)
         out, _ = scan(q, k, v, decay=decay, initial_state=state)
         out.backward(torch.empty_like(out))
+
+
+def delta_on_hopper() -> None:
+    from regard.kernels import device
+    from regard.kernels.states.scan import scan
+
+    with patch.object(device, "capability", lambda place: (9, 0)):
+        # A long text of few heads is cut into segments.
+        for B, H, T, gates in ((64, 16, 2048, 4), (1, 2, 131072, 4), (1, 2, 131072, 3), (1, 2, 131072, 0)):
+            q, k, v = (_empty(B, H, T, 128).requires_grad_(B > 1) for _ in range(3))
+            decay = _empty(*(B, H, T, 128)[:gates], dtype=torch.float32) if gates else None
+            scan(q, k, v, decay=decay, beta=_empty(B, H, T, dtype=torch.float32), delta=True)
 
 
 def rat() -> None:

@@ -81,13 +81,9 @@ def run(
     ]  # fmt: skip
 
     runs = sweep("mqar", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
-    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {
-        "mixers": chosen,
-        "workers": workers,
-        "gpus": torch.cuda.device_count(),
-    }
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | {"mixers": chosen, "workers": workers}
     told |= {"lanes": lanes, "tries": tries, "steps": steps, "batch": batch, "vocabulary": vocabulary}
-    told |= {"bf16": device == "cuda"}
+    told |= {"bf16": device == "cuda", "gpus": torch.cuda.device_count()}
     return told | {"left out": len(jobs) - len(cells(runs))}, table(runs)
 
 

@@ -80,15 +80,11 @@ def run(
             settings = of_text(text_steps, seed=seed, **shared)
             jobs.append(Job(cell | {"what": "text"}, reading(layout, text_width), settings, device))
     runs = sweep("ratios", slowest_first(jobs), workers, seconds, functools.partial(another, tries), lanes)
-    told = (
-        facts.machine(SimpleNamespace(device=torch.device(device)))
-        | shared
-        | {"layers": layers, "workers": workers, "gpus": torch.cuda.device_count()}
-    )
+    told = facts.machine(SimpleNamespace(device=torch.device(device))) | shared | {"layers": layers, "workers": workers}
     told |= task | {"recall width": recall_width, "recall heads": recall_heads, "recall steps": recall_steps}
     told |= {"tries": tries, "text width": text_width, "text steps": text_steps, "seeds": seeds, "lanes": lanes}
     begun = [one for one in runs if one["what"] == "text" or one["rate"] == RATES[0]]
-    return told | {"left out": len(jobs) - len(begun)}, table(runs, made)
+    return told | {"gpus": torch.cuda.device_count(), "left out": len(jobs) - len(begun)}, table(runs, made)
 
 
 def asked(only: str, ratios: str, layers: int) -> dict[tuple[str, str], list[str]]:

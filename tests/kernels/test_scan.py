@@ -12,6 +12,7 @@ from recurrences import KINDS, decays, states, strengths, tokens
 from regard.core.errors import RegardError
 from regard.kernels import device
 from regard.kernels.states import scan as kernel
+from regard.kernels.states.problem import CHUNK
 from regard.kernels.states.segments import cut
 from running import DEVICE, drawn, filled_with_nan
 
@@ -127,7 +128,7 @@ def test_anchors(kind, delta):
 def test_segments(kind, delta):
     """One long sequence is worked on in pieces, the last one short."""
     rows = 1030
-    assert cut(((0, 0, rows),), kernel.CHUNK, 2, torch.device(DEVICE)).count == 2
+    assert cut(((0, 0, rows),), CHUNK, 2, torch.device(DEVICE)).count == 2
     check(made(kind, delta, T=rows))
 
 
@@ -291,6 +292,11 @@ def test_refuses_mixed_dtypes():
     assert "got torch.float32, torch.float32, torch.bfloat16" in kernel.refuses(q, q, q.bfloat16())
 
 
+def test_refuses_decays_of_64_bits():
+    q, decay = torch.zeros(1, 1, 4, 16, device=DEVICE), torch.zeros(1, 1, 4, 16, dtype=torch.float64, device=DEVICE)
+    assert "decays in bfloat16, float16 or float32, got torch.float64" in kernel.refuses(q, q, q, decay=decay)
+
+
 def test_refuses_to_teach_the_decay_of_a_head_in_sixteen_bits():
     q, decay = torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16, device=DEVICE), torch.zeros(1, device=DEVICE)
     assert kernel.refuses(q, q, q, decay=decay) is None
@@ -330,6 +336,33 @@ def test_kernel_for_hopper(case, monkeypatch):
     decay = None if how["decay"] is None else torch.tensor(how["decay"])
     check({name: x if x is None else how["change"](x) for name, x in given.items()}, how["dtype"], decay=decay)
     assert len(called) == (6 if case == "one long sequence" else 4), "output, three gradients, states of segments"
+
+
+DELTA = {
+    "one token": ("channel", {"T": 1}, 1),
+    "a chunk and one": ("channel", {"T": 65, "initial": False}, 1),
+    "several chunks, fewer heads of keys": ("channel", {"T": 700, "Hk": 2}, 1),
+    "float16": ("channel", {"T": 200, "dtype": torch.float16}, 1),
+    "one long sequence": ("channel", {"T": 1100, "B": 1}, 3),
+    "one long sequence, decay by token": ("token", {"T": 1100, "B": 1}, 2),
+    "one long sequence, no decay": ("none", {"T": 1100, "B": 1, "initial": False}, 2),
+}
+
+
+@pytest.mark.skipif(not HOPPER, reason="the kernel of hopper_delta.py needs a Hopper GPU")
+@pytest.mark.parametrize("case", DELTA)
+def test_delta_rule_for_hopper(case, monkeypatch):
+    from regard.kernels.states import hopper_delta
+
+    called, sweep = [], hopper_delta.sweep
+    monkeypatch.setattr(hopper_delta, "sweep", lambda *inputs, **options: called.append(sweep(*inputs, **options)))
+    kind, how, count = DELTA[case]
+    how = {"B": 2, "Hk": 4, "dtype": torch.bfloat16, "initial": True} | how
+    given = made(kind, True, B=how["B"], Hk=how["Hk"], H=4, T=how["T"], D=128, Dv=128)
+    if not how["initial"]:
+        del given["initial_state"]
+    check(given, how["dtype"])
+    assert len(called) == count, "states of segments; outputs too where channels decay on their own"
 
 
 @pytest.mark.skipif(not HOPPER, reason="the kernel of hopper.py needs a Hopper GPU")

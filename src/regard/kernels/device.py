@@ -46,6 +46,6 @@ def keep_for_graphs(held: Any, device: torch.device) -> Any:
     return held
 
 
-def capability(tensor: Tensor) -> tuple[int, int]:
-    """Compute capability of the device of `tensor`; (0, 0) where it is no GPU."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (0, 0)
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of `device`; (0, 0) where it is no GPU."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)

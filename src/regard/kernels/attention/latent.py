@@ -37,7 +37,7 @@ def refuses(
     """Why `decode` cannot do this call, or None. Shapes are those of `decode`, but that `q` may not be absorbed yet."""
     if why := device.refuses(q):
         return why
-    if device.capability(q) < (9, 0):
+    if device.capability(q.device) < (9, 0):
         return "the kernel of latent attention needs the copy engine of compute capability 9.0"
     return shape_refuses(q, latent, rank=rank)
 
@@ -115,7 +115,7 @@ def decode(
 def apart(q: Tensor, latent: Tensor, rank: int) -> bool:
     """Whether the kernel whose warps do one thing each takes this call: the shape of DeepSeek, on Hopper alone."""
     rows = latent.stride(0) % latent.stride(1) == 0
-    return (rank, q.shape[-1] - rank) == SHAPE_APART and rows and device.capability(q) == (9, 0)
+    return (rank, q.shape[-1] - rank) == SHAPE_APART and rows and device.capability(q.device) == (9, 0)
 
 
 def _launch_apart(q: Tensor, latent: Tensor, rank: int, count: int, call: tuple[Any, ...]) -> None:

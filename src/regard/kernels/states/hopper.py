@@ -3,7 +3,7 @@
 Three groups of warps share a multiprocessor: one copies tiles, two each carry 64 columns of the state, transposed and
 in registers. Both read the same queries and keys, which so leave the second-level cache once, where `sweep.py` with 64
 columns a program reads them twice. One program a multiprocessor walks over segments, so that the copies for the next
-begin before the last is finished.
+begin before the last is finished. Names are those of `sweep.py`, where `H` is explained.
 """
 
 import torch
@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from regard.kernels import ahead
 from regard.kernels.attention.hopper import described
 from regard.kernels.states.segments import Segments
 
@@ -30,9 +31,9 @@ STAGES, STAGES_OF_STATES = 2, 6
 
 @gluon.jit
 def part_of(SEGMENTS, G, item, heads, FADED: gl.constexpr):
-    """Head, batch row, first token, end, decay (to base 2), and of its chunks on the way the first and the last.
+    """Head, batch row, first token, end, decay (to base 2), first chunk to sweep and number of chunks.
 
-    FADED: without those whose weight in the last state is 0 in float32.
+    FADED: the first chunks, whose weight in the last state is 0 in float32, are not swept.
     """
     row, head = SEGMENTS + item // heads * 4, item % heads
     start, end = gl.load(row + 1), gl.load(row + 2)
@@ -233,7 +234,7 @@ def sweep(
     begin = begin if begin is None or turned else begin.contiguous()
     groups = [1 if x is None else heads // x.shape[1] for x in (a, b, c)]
     sides = ((a, DIM), (b, DIM), (c, half), (out, half))
-    sweep_halves[(min(items, cores),)](
+    ahead.launch(sweep_halves, (min(items, cores),))(
         *[None if x is None else described(x, chunk, width) for x, width in sides],
         decay, begin, end, total, segments.table, items, heads, scale, turned, reverse, *groups,
         STAGES=STAGES_OF_STATES if out is None else STAGES, num_warps=4,

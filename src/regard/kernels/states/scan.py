@@ -11,24 +11,24 @@ and k in place of q, because its correction reads the state as a query would: gr
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from regard.kernels import device
+from regard.kernels import ahead, device
 from regard.kernels.states import delta as delta_rule
 from regard.kernels.states.factor import factor, mend, mend_gradients
 from regard.kernels.states.gates import gates
 from regard.kernels.states.gradients import chunk_gradients
-from regard.kernels.states.segments import EVERY, cut, join
+from regard.kernels.states.problem import Factors, Problem, bulked, four, on_hopper, three
+from regard.kernels.states.segments import EVERY, join
 from regard.kernels.states.sweep import CHANNEL, COLUMN, HEAD, NONE, TOKEN, sweep
 
 SIZES = (16, 32, 64, 128, 256)
-CHUNK = 64
 # Chunks that one program looks through for wide ones.
 LOOK = 16
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -53,6 +53,8 @@ def refuses(
         return (
             f"the kernels take q, k, v of one dtype, bfloat16, float16 or float32, got {q.dtype}, {k.dtype}, {v.dtype}"
         )
+    if decay is not None and decay.dtype not in DTYPES:
+        return f"the kernels take decays in bfloat16, float16 or float32, got {decay.dtype}"
     for name, size in (("D", q.shape[3]), ("Dv", v.shape[3])):
         if size not in SIZES:
             return f"the kernels take {name} of {', '.join(map(str, SIZES))}, got {size}"
@@ -69,24 +71,6 @@ def refuses(
     if 0 in q.shape:
         return "there is nothing to compute"
     return None
-
-
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is cut: columns of the state a program, warps, stages of loads in flight."""
-
-    block: int
-    warps: int
-    stages: int
-
-
-def launch(dim: int, columns: int, dtype: torch.dtype) -> Launch:
-    """A fixed table, so that nothing is tried at run time (docs/log.md has the measurements)."""
-    if dtype == torch.float32:
-        return Launch(min(columns, 64), 4 if dim <= 64 else 8, 1)
-    if dim > 128:
-        return Launch(min(columns, 64), 8, 1)
-    return Launch(min(columns, 64), 4, 2)
 
 
 def scan(
@@ -109,72 +93,37 @@ def scan(
     if beta is not None and not delta:
         v, beta = v * beta[..., None].to(v.dtype), None
     if cu_seqlens is None:
-        spans = tuple((row, 0, v.shape[2]) for row in range(v.shape[0]))
+        spans = _rows(v.shape[0], v.shape[2])
     else:
         ends = cu_seqlens.tolist()
         spans = tuple((0, start, end) for start, end in pairwise(ends))
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if decay is not None and decay.dim() != 3 and decay.stride(-1) != 1:
         decay = decay.contiguous()
-    return _Scan.apply(q, k, v, decay, beta, initial_state, float(scale), spans)  # type: ignore[return-value]
+    given, place = (q, k, v, decay, beta, initial_state), v.device
+
+    def call(*tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        return _Scan.apply(*tensors, float(scale), spans, place)  # type: ignore[return-value]
+
+    ahead.rehearse(lambda *tensors: call(*tensors)[0], given, _alike(v, given, spans))
+    return call(*given)
 
 
-class Problem:
-    """What all launches of one scan share: sizes, decays, segments."""
-
-    def __init__(self, q: Tensor, v: Tensor, decay: Tensor | None, spans: tuple[tuple[int, int, int], ...]) -> None:
-        self.batch, self.heads, self.tokens, self.columns = v.shape
-        self.dim, self.dtype, self.device = q.shape[3], v.dtype, v.device
-        self.group = self.heads // q.shape[1]
-        self.decay = decay
-        self.kind = NONE if decay is None else {1: HEAD, 3: TOKEN, 4: CHANNEL}[decay.dim()]
-        self.group_g = 1 if decay is None or decay.dim() == 1 else self.heads // decay.shape[1]
-        self.strides_g = (0, 0, 0) if decay is None or decay.dim() == 1 else decay.stride()[:3]
-        self.chunk = chunk = CHUNK
-        self.settings = {"CHUNK": chunk, "GROUP_G": self.group_g, "EXACT": self.dtype == torch.float32}
-        self.blocks = max(1, self.dim // 64)
-        # float16 overflows long before bfloat16 does.
-        self.span = 16 if self.dtype == torch.float16 else 200
-        # Matrices of a chunk, in bfloat16 for float16, whose range is too small for a triangle.
-        self.fine = torch.float32 if self.dtype == torch.float32 else torch.bfloat16
-        self.segments = cut(spans, chunk, self.heads * 2, self.device)
-        self.whole = cut(spans, chunk, None, self.device)
-        self.packed = len({row for row, _, _ in spans}) < len(spans)
-        self.grid = (self.segments.longest, self.heads, self.segments.count)
-
-    def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
-        """Keywords of a launch, and its number of column blocks and their size."""
-        how = launch(dim, columns, self.dtype)
-        return {"num_warps": how.warps, "num_stages": how.stages}, (columns // how.block, how.block)
-
-    def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
-        """Memory for a state of every segment."""
-        shape = (count or self.segments.count, self.heads, rows, columns)
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
-
-    def matrices(self) -> Tensor:
-        """Memory for a matrix of every chunk and head, `[chunks, H, C, C]`."""
-        shape = (self.segments.chunks, self.heads, self.chunk, self.chunk)
-        return torch.empty(shape, dtype=self.fine, device=self.device)
-
-    def like(self, columns: int, model: Tensor) -> Tensor:
-        """Memory for `[B, H, T, columns]`, with heads inside tokens where `model` has them so."""
-        sizes = {"dtype": self.dtype, "device": self.device}
-        if model.stride(2) > model.stride(1):
-            return torch.empty(self.batch, self.tokens, self.heads, columns, **sizes).transpose(1, 2)
-        return torch.empty(self.batch, self.heads, self.tokens, columns, **sizes)
+def _alike(v: Tensor, tensors: Sequence[Tensor | None], spans: Sequence[Any]) -> tuple[Any, ...]:
+    """What calls that launch the same kernels have in common; not all of it, but then one or the other compiles."""
+    told = [
+        x if x is None else (x.dtype, x.requires_grad, x.dim(), x.shape[-1] if x.dim() == 4 else 0, x.shape[:2][-1])
+        for x in tensors
+    ]
+    # Whether sequences are cut depends on how many there are, and how long.
+    length, inside = v.shape[2].bit_length(), v.stride(2) > v.stride(1)
+    return (*told, len(spans), length, inside, torch.is_grad_enabled(), v.device)
 
 
-@dataclass
-class Factors:
-    """What `factor` makes of q, k and decays by channel; without such decays, q and k themselves."""
-
-    left: Tensor
-    right: Tensor
-    entry: Tensor | None = None
-    scores: Tensor | None = None
-    scaling: Tensor | None = None
-    wide: Tensor | None = None
+@lru_cache
+def _rows(batch: int, tokens: int) -> tuple[tuple[int, int, int], ...]:
+    """A sequence a row; the same tuple every time, so that it is found at once where segments are kept."""
+    return tuple((row, 0, tokens) for row in range(batch))
 
 
 def factored(p: Problem, q: Tensor, k: Tensor, entry: bool, triangle: Tensor | None = None) -> Factors:
@@ -191,32 +140,24 @@ def factored(p: Problem, q: Tensor, k: Tensor, entry: bool, triangle: Tensor | N
         wide=torch.empty(chunks, p.heads, p.blocks, dtype=torch.int32, device=p.device),
     )
     keywords = {"DIM": p.dim, "CHUNK": p.chunk, "GROUP": p.group, "GROUP_G": p.group_g}
-    factor[(p.grid[0] * p.blocks, *p.grid[1:])](
+    ahead.launch(factor, (p.grid[0] * p.blocks, *p.grid[1:]))(
         q, k, p.decay, f.left, f.right, f.entry, f.scaling, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(f.left), p.heads,
+        three(q), three(k), p.strides_g, three(f.left), p.heads,
         BLOCK=p.dim // p.blocks, SPAN=p.span, **keywords, num_warps=4,
     )  # fmt: skip
-    mend[(-(-p.segments.longest // LOOK), *p.grid[1:])](
+    ahead.launch(mend, (-(-p.segments.longest // LOOK), *p.grid[1:]))(
         q, k, p.decay, f.scores, triangle, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, p.heads, LOOK,
+        three(q), three(k), p.strides_g, p.heads, LOOK,
         BLOCKS=p.blocks, **keywords, num_warps=8, num_stages=1,
     )  # fmt: skip
     return f
-
-
-def _three(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else x.stride()[:3]
-
-
-def _four(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0) if x is None else x.stride()
 
 
 def run(
     p: Problem,
     f: Factors,
     b: Tensor,
-    c: Tensor,
+    c: Tensor | None,
     *,
     a: Tensor | None = None,
     out: Tensor | None = None,
@@ -236,65 +177,42 @@ def run(
     """Launch `sweep` over all segments. `turned`: the decays lie on the columns of c, the state on its side.
 
     `strict`: without the token itself, whose product goes to `alone`. `rule`: (beta, triangle, error or None); without
-    a triangle, c is written with strength beta.
+    a triangle, c is written with strength beta. Without c, it is zeros, as wide as b.
     """
-    dim, columns = b.shape[3], c.shape[3]
-    if rule is alone is anchors is meet is None and not strict and on_hopper(p, b, (a, b, c, out)):
+    if rule is alone is anchors is meet is None and not strict and on_hopper(p, (NONE, HEAD), (a, b, c, out)):
         from regard.kernels.states import hopper
 
         more = {"scale": scale, "begin": begin, "end": end, "total": total, "reverse": reverse}
         hopper.sweep(a, b, c, out, p.decay, p.segments, p.heads, **more)
         return
-    keywords, (blocks, block) = p.launch(dim, columns)
     beta, triangle, error = rule or (None, None, None)
     entry = None if triangle is None else f.entry
+    # With outputs, registers do not suffice for decays by token, and the other is as fast.
+    kinds = (NONE, TOKEN, CHANNEL) if out is None else (CHANNEL,)
+    if triangle is not None and on_hopper(p, kinds, (a, b, c, out, entry, error)):
+        from regard.kernels.states import hopper_delta
+
+        marks = (f.scaling, f.wide, f.scores)
+        hopper_delta.sweep(
+            a, b, c, out, rule, entry, p.decay, marks, p.kind, p.segments, p.heads, scale=scale, begin=begin, end=end
+        )
+        return
+    if c is None:
+        c = torch.zeros(b.shape[3], dtype=p.dtype, device=p.device).expand(p.batch, p.heads, p.tokens, -1)
+    dim, columns = b.shape[3], c.shape[3]
+    keywords, (blocks, block) = p.launch(dim, columns)
     of_out = error if out is None else out
     group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
-    strides = [_three(x) for x in (a, b, c, entry, of_out)]
-    groups = [group(x) for x in (a, b, c)]
+    strides, groups = [three(x) for x in (a, b, c, entry, of_out)], [group(x) for x in (a, b, c)]
     bulk, (a, b, entry), (c, out, error) = bulked(p, (a, b, entry), dim, (c, out, error), block)
-    sweep[(blocks, p.heads, p.segments.count)](
+    ahead.launch(sweep, (blocks, p.heads, p.segments.count))(
         a, b, c, out, alone, p.decay, f.scaling, f.wide, None if turned else f.scores,
         beta, triangle, entry, error, begin, end, total, anchors, meet, p.segments.table,
-        *strides, p.strides_g, _three(beta if alone is None else alone), _four(begin), _four(end), scale, p.heads,
+        *strides, p.strides_g, three(beta if alone is None else alone), four(begin), four(end), scale, p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, GROUP_A=groups[0], GROUP_B=groups[1], GROUP_C=groups[2],
         DECAY=COLUMN if turned and p.kind == CHANNEL else p.kind, REVERSE=reverse, STRICT=strict, BULK=bulk,
         BLOCKS=p.blocks, EVERY=every, **p.settings, **keywords,
     )  # fmt: skip
-
-
-def fits(p: Problem, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the copy engine can read and write them all.
-
-    It wants rows that begin at multiples of 16 bytes, and reads past the end of a packed sequence.
-    """
-    step = 16 // p.dtype.itemsize
-    aligned = lambda x: x.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in x.stride()[:3])  # noqa: E731
-    return not p.packed and all(aligned(x) for x in tensors if x is not None)
-
-
-def on_hopper(p: Problem, b: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether hopper.py has the kernel for a plain sweep over all `tensors`, b one of them."""
-    return (
-        p.kind in (NONE, HEAD)
-        and p.dtype != torch.float32
-        and p.dim == p.columns == 128
-        and device.capability(b)[0] == 9
-        and fits(p, tensors)
-    )
-
-
-def bulked(
-    p: Problem, wide: Sequence[Tensor | None], dim: int, narrow: Sequence[Tensor | None], block: int
-) -> tuple[bool, list[Any], list[Any]]:
-    """Tensor descriptors in place of tensors read `dim` or `block` columns at a time, if all can have one."""
-    if not fits(p, (*wide, *narrow)):
-        return False, list(wide), list(narrow)
-
-    def described(x: Tensor | None, width: int) -> TensorDescriptor | None:
-        return None if x is None else TensorDescriptor(x, [*x.shape], [*x.stride()], [1, 1, p.chunk, width])
-
-    return True, [described(x, dim) for x in wide], [described(x, block) for x in narrow]
 
 
 def carried(
@@ -313,8 +231,8 @@ def carried(
         passed = torch.empty(p.segments.count, p.heads, dim, dtype=torch.float32, device=p.device)
         run(p, f, b, c, reverse=reverse, end=ends, total=passed)
     block = min(columns, 32)
-    join[(columns // block, p.heads, p.segments.sequences)](
-        ends, passed, begins, first, last, p.segments.offsets, _four(first), p.heads,
+    ahead.launch(join, (columns // block, p.heads, p.segments.sequences))(
+        ends, passed, begins, first, last, p.segments.offsets, four(first), p.heads,
         DIM=dim, COLUMNS=columns, BLOCK=block, MATRIX=matrix is not None, REVERSE=reverse,
     )  # fmt: skip
     return begins, last
@@ -322,9 +240,9 @@ def carried(
 
 def solve(p: Problem, f: Factors, k: Tensor, beta: Tensor, triangle: Tensor) -> None:
     """Write the triangle of every chunk, `[chunks, H, C, C]`, which `factored` has begun."""
-    delta_rule.solve[p.grid](
+    ahead.launch(delta_rule.solve, p.grid)(
         k, f.entry, f.right, p.decay, f.wide, beta, triangle, p.segments.table,
-        _three(k), _three(f.entry), p.strides_g, _three(beta), p.heads,
+        three(k), three(f.entry), p.strides_g, three(beta), p.heads,
         DIM=p.dim, GROUP_K=p.group, DECAY=p.kind, BLOCKS=p.blocks, **p.settings, num_warps=4, num_stages=1,
     )  # fmt: skip
 
@@ -337,15 +255,15 @@ def back(
     beta, triangle = taught
     error, dvalue, dbeta, later = given or (None,) * 4
     keywords, (blocks, block) = p.launch(p.dim, p.columns)
-    strides = [_three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
+    strides = [three(x) for x in (f.left, f.right, f.entry, dout, dvalue)]
     group = p.heads // f.left.shape[1]
     bulk, (left, right, entry), (dout_, error, dvalue) = bulked(
         p, (f.left, f.right, f.entry), p.dim, (dout, error, dvalue), block
     )
-    delta_rule.back[(blocks, p.heads, p.segments.count)](
+    ahead.launch(delta_rule.back, (blocks, p.heads, p.segments.count))(
         left, right, entry, f.scores, f.wide, f.scaling, dout_, error, dvalue, dbeta, later, p.decay,
-        beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, _three(beta),
-        (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), _four(begin), _four(end),
+        beta, triangle, begin, end, p.segments.table, *strides, p.strides_g, three(beta),
+        (0, 0, 0, 0) if dbeta is None else (*dbeta.stride()[1:], dbeta.stride(0)), four(begin), four(end),
         scale, p.heads, DIM=p.dim, COLUMNS=p.columns, BLOCK=block, GROUP=group, DECAY=p.kind,
         BULK=bulk, BLOCKS=p.blocks, **p.settings, **keywords,
     )  # fmt: skip
@@ -355,8 +273,7 @@ def transition(p: Problem, f: Factors, given: tuple[Tensor, Tensor, None]) -> Te
     """The matrix each segment applies to its first state under the delta rule: what a sweep makes of the identity."""
     eye = torch.eye(p.dim, dtype=torch.float32, device=p.device)
     matrix = p.states(p.dim, p.dim)
-    nothing = torch.zeros(p.dim, dtype=p.dtype, device=p.device).expand(p.batch, p.heads, p.tokens, p.dim)
-    run(p, f, f.right, nothing, begin=eye.expand(p.segments.count, p.heads, -1, -1), end=matrix, rule=given)
+    run(p, f, f.right, None, begin=eye.expand(p.segments.count, p.heads, -1, -1), end=matrix, rule=given)
     return matrix
 
 
@@ -364,8 +281,8 @@ class _Scan(torch.autograd.Function):
     """Sweeps with gradients, see the module's docstring."""
 
     @staticmethod
-    def forward(ctx: Any, q, k, v, decay, beta, first, scale, spans):
-        p = Problem(q, v, decay, spans)
+    def forward(ctx: Any, q, k, v, decay, beta, first, scale, spans, place):
+        p = Problem(q, v, decay, spans, place)
         triangle = None if beta is None else p.matrices()
         f = factored(p, q, k, entry=beta is not None, triangle=triangle)
         out = p.like(p.columns, q)
@@ -408,7 +325,7 @@ class _Scan(torch.autograd.Function):
         final = last * dlast if learned and dlast is not None else None
         ddecay = _decays(p, f, (q, k), g, final)
         dbegin = g.first * ctx.scale if ctx.first else None
-        return _grouped(g.q, q), _grouped(g.k, k), g.v, ddecay, g.beta, dbegin, None, None
+        return _grouped(g.q, q), _grouped(g.k, k), g.v, ddecay, g.beta, dbegin, None, None, None
 
 
 @dataclass
@@ -499,7 +416,7 @@ def _delta(p, f, dout, scale, taught, states, learned) -> Gradients:
 def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> None:
     """Launch `chunk_gradients`, `block` channels a program."""
     step = min(p.columns, 64)
-    strides = [_three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
+    strides = [three(x) for x in (f.left, f.right, f.entry, dout, g.v, g.q)]
     group = p.heads // f.left.shape[1]
     bulk, (left, right, entry, *made), read = bulked(
         p, (f.left, f.right, f.entry, g.q, g.k, g.query), block, (dout, g.v, g.written), step
@@ -509,9 +426,9 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
     timed = bulk and p.dim == p.columns == 128 and not p.settings["EXACT"]
     # Triton 3.6 reads shared memory out of bounds with 4 warps unless values are as wide as keys (docs/log.md).
     warps = 4 if p.dim == p.columns else 8
-    chunk_gradients[(p.grid[0] * (p.dim // block), *p.grid[1:])](
+    ahead.launch(chunk_gradients, (p.grid[0] * (p.dim // block), *p.grid[1:]))(
         left, right, entry, *read, beta, *states, *made, g.alone, g.known, g.decay, p.decay, f.scaling, f.wide,
-        p.segments.table, *strides, p.strides_g, _three(beta), of_decay, _three(g.alone), scale, p.heads,
+        p.segments.table, *strides, p.strides_g, three(beta), of_decay, three(g.alone), scale, p.heads,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=block, STEP=step, GROUP=group, DECAY=p.kind, EVERY=EVERY,
         BULK=bulk, BLOCKS=p.blocks, **p.settings, num_warps=warps, num_stages=3 if timed else 2,
     )  # fmt: skip
@@ -520,9 +437,9 @@ def _keys_and_queries(p, f, dout, states, beta, g: Gradients, scale, block) -> N
 def _mended(p, f, qk, dout, beta, g: Gradients, scale) -> None:
     """Launch `mend_gradients`."""
     q, k = qk
-    mend_gradients[(-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:])](
+    ahead.launch(mend_gradients, (-(-p.segments.longest // LOOK) * p.blocks, *p.grid[1:]))(
         q, k, p.decay, dout, g.written, beta, g.v, g.q, g.k, g.query, f.wide, p.segments.table,
-        _three(q), _three(k), p.strides_g, _three(dout), _three(g.q), _three(g.written), _three(beta), scale,
+        three(q), three(k), p.strides_g, three(dout), three(g.q), three(g.written), three(beta), scale,
         p.heads, LOOK,
         DIM=p.dim, COLUMNS=p.columns, BLOCK=p.dim // p.blocks, GROUP=p.group, STRICT=g.alone is not None,
         SPAN=p.span, BLOCKS=p.blocks, **p.settings, num_warps=8, num_stages=1,
@@ -557,10 +474,10 @@ def _gates(p, f, qk, g: Gradients, final) -> Tensor | None:
         dtype = p.decay.dtype if channels and p.group_g == 1 else torch.float32
         ddecay = torch.empty((*shape, p.dim) if channels else (blocks, *shape), dtype=dtype, device=p.device)
     strides = (0,) * 4 if ddecay is None else ddecay.stride() if channels else (*ddecay.stride()[1:], ddecay.stride(0))
-    gates[(-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count)](
+    ahead.launch(gates, (-(-p.whole.longest // EVERY) * blocks, p.heads, p.whole.count))(
         q, g.q, k, g.k, g.alone, g.query, p.decay, ddecay, f.wide, g.known,
-        None if final is None else final.sum(-1), p.whole.table, _three(q), _three(k), _three(g.q), p.strides_g,
-        strides, _three(g.alone), p.heads,
+        None if final is None else final.sum(-1), p.whole.table, three(q), three(k), three(g.q), p.strides_g,
+        strides, three(g.alone), p.heads,
         DIM=p.dim, BLOCK=p.dim // blocks, EVERY=EVERY, GROUP=p.group, CHANNELS=channels, SPAN=p.span, BLOCKS=p.blocks,
         **p.settings, num_warps=4 if channels else 8, num_stages=1,
     )  # fmt: skip
