@@ -421,8 +421,8 @@ CONTRAST: Choice = {"strength": 0.25, "omega": 0.0, "refocus": 0.0}
 ANYWHERE: Choice = {"dimensions": "1", "rho": 1.0, "least": 0.0}
 # What searches on tuning scenes left, by mechanism and task: what differs from the paper's, the best first.
 FOUND: dict[tuple[str, str], Sequence[Choice]] = {
-    ("act", "existence"): ({LAYERS: LAST, "theta": 0.02}, {LAYERS: (21, 32), "beta": 0.0}),
-    ("act", "captions"): ({"theta": 0.06}, {LAYERS: (0, 27), "theta": 0.02, "beta": 0.2}),
+    ("act", "existence"): ({LAYERS: (21, 32), "beta": 0.0}, {LAYERS: LAST, "theta": 0.02}),
+    ("act", "captions"): ({LAYERS: (0, 27), "theta": 0.02, "beta": 0.2}, {"theta": 0.06}),
     ("agla", "existence"): ({"alpha": 4.0, "beta": 0.25, "similarity": 0.7}, {"alpha": 4.0, "beta": 0.25}),
     ("agla", "captions"): ({"alpha": 4.0, "beta": 0.75}, {"alpha": 0.5, "beta": 0.75}),
     ("anchor_edit", "existence"): (
@@ -439,15 +439,15 @@ FOUND: dict[tuple[str, str], Sequence[Choice]] = {
     ("carve", "existence"): ({"share": 0.8, "kept": 20, "floor": 0.01},),
     ("damro", "existence"): ({"alpha": 0.1, "outliers": 1},),
     ("damro", "captions"): (
-        {"alpha": 0.1, "beta": 0.25, "outliers": 1},
         {"alpha": 0.1, "beta": 0.5, "outliers": 1},
+        {"alpha": 0.1, "beta": 0.25, "outliers": 1},
         {"alpha": 0.5, "beta": 0.75, "outliers": 1},
         {"alpha": 0.25, "beta": 0.5, "outliers": 56, "attention": "mean", "order": "image"},
     ),
-    ("dara", "existence"): ({LAYERS: ALL, TIMES: 1.5}, {LAYERS: ALL, TIMES: 2.0}),
-    ("dara", "captions"): ({LAYERS: ALL}, {LAYERS: ALL, TIMES: 1.5}),
-    ("dcd", "existence"): ({"alpha": 2.0}, {"alpha": 4.0}),
-    ("dcd", "captions"): ({"alpha": 0.25, "beta": 0.25}, {"alpha": 0.5, "beta": 0.25}),
+    ("dara", "existence"): ({LAYERS: ALL, TIMES: 2.0}, {LAYERS: ALL, TIMES: 1.5}),
+    ("dara", "captions"): ({LAYERS: ALL, TIMES: 1.5}, {LAYERS: ALL}),
+    ("dcd", "existence"): ({"alpha": 4.0}, {"alpha": 2.0}),
+    ("dcd", "captions"): ({"alpha": 0.5, "beta": 0.25}, {"alpha": 0.25, "beta": 0.25}),
     ("gift", "existence"): ({"alpha": 0.5, "first": 4},),
     ("gift", "captions"): tuple({"alpha": alpha, "sources": "3", "first": 5, "last": 5} for alpha in (2.0, 3.0, 1.0)),
     ("iri", "existence"): (
@@ -459,8 +459,8 @@ FOUND: dict[tuple[str, str], Sequence[Choice]] = {
         {"sources": 2, "targets": 2, "attention_strength": 0.0, "feed_forward_strength": 0.3},
     ),
     ("locore", "captions"): (
-        {LAYERS: (16, 17), "window": 1, "beta": 3.0},
         {LAYERS: (16, 17), "window": 1, "beta": 8.0},
+        {LAYERS: (16, 17), "window": 1, "beta": 3.0},
         {LAYERS: (10, 22), "window": 1, "beta": 3.0},
     ),
     ("lol", "existence"): (
@@ -475,9 +475,9 @@ FOUND: dict[tuple[str, str], Sequence[Choice]] = {
     ("lqcd", "captions"): tuple({"cue": "first with a", "alpha": alpha, "beta": 0.25} for alpha in (0.25, 0.5, 0.1)),
     ("paint", "existence"): ({LAYERS: (0, 6), "alpha": 0.1, "beta": 0.0},),
     ("paint", "captions"): (
+        {LAYERS: LAST, "alpha": 0.2},
         {LAYERS: LAST, "beta": 0.6},
         {LAYERS: LAST, "alpha": 0.4, "beta": 0.6},
-        {LAYERS: LAST, "alpha": 0.2},
         {LAYERS: (10, 11), "alpha": 0.4, "beta": 0.4},
     ),
     ("var", "existence"): (ANYWHERE | {LAYERS: (10, 11), "tau": 4.0, "keep": 0.3},),
@@ -485,5 +485,5 @@ FOUND: dict[tuple[str, str], Sequence[Choice]] = {
         ANYWHERE | {LAYERS: (5, 6), "tau": tau, "keep": keep} for tau, keep in ((4.0, 0.3), (4.0, 0.0), (3.5, 0.3))
     ),
     ("vhr", "existence"): ({LAYERS: (0, 16), "alpha": 1.5}, {LAYERS: (0, 16), "alpha": 1.25}),
-    ("vhr", "captions"): ({LAYERS: LAST, "alpha": 1.4}, {LAYERS: LAST, "alpha": 1.5}),
+    ("vhr", "captions"): ({LAYERS: LAST, "alpha": 1.5}, {LAYERS: LAST, "alpha": 1.4}),
 }

@@ -122,7 +122,7 @@ def run(
         stems: mechanisms, commas between them, in the order in which they are begun; None: all.
         lines: a file to which every row is added as soon as it is known; those with figures that it holds are taken as
             they are. Empty: none.
-        elsewhere: the device on which those were judged, if not on this one, where time is measured. Empty: on this one.
+        elsewhere: the device on which those were judged; time is measured on this one. Empty: they were, too.
     """
     asked = {"existence": existence, "captions": captions, "skills": skills}
     tuned = {"existence": tuned_existence, "captions": tuned_captions}
