@@ -358,7 +358,7 @@ def merit(result: Mapping[str, Any]) -> tuple[bool, float]:
     return result["lost"] < 1 / 3, result["won"]
 
 
-def latency(bench: Bench, setting: Setting, count: int, repeats: int = 2) -> dict[str, Any]:
+def latency(bench: Bench, setting: Setting, count: int, repeats: int = 7) -> dict[str, Any]:
     """Seconds of one caption, steered and not, in turns: a token, prompt included, and what is made of its image first.
 
     Such are sets of tokens, another view, or a picture drawn from a first caption.
