@@ -88,11 +88,13 @@ class Bench(Kept):
         """
         chats = {text: hallucination.prompt(self.processor, text) for text in set(texts)}
         prompts = [chats[text] + end for text, end in zip(texts, ends or [""] * len(texts), strict=True)]
-        # A patch is a token; the class token is left out.
-        wide = [prompt.replace(vlm.IMAGE, vlm.IMAGE * (vlm.SIDE // vlm.PATCH) ** 2) for prompt in prompts]
-        made = self.processor.tokenizer(wide, return_tensors="pt", padding=True)
-        given = {"input_ids": made["input_ids"], "attention_mask": made["attention_mask"]}
-        given = {name: x.to(self.model.device) for name, x in given.items()} | {"pixel_values": self.pixels(images)}
+        # A patch is a token; the class token is left out. Many ask the same.
+        wide = {one: one.replace(vlm.IMAGE, vlm.IMAGE * (vlm.SIDE // vlm.PATCH) ** 2) for one in dict.fromkeys(prompts)}
+        made = self.processor.tokenizer(list(wide.values()), return_tensors="pt", padding=True)
+        number = {one: at for at, one in enumerate(wide)}
+        rows = torch.tensor([number[one] for one in prompts])
+        given = {name: made[name][rows].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        given["pixel_values"] = self.pixels(images)
         said = tokens.read(self.model, given, processor=self.processor).to(self.model.device)
         return Batch(given, said, at, LONG if ask.TEXTS["caption"] in texts else SHORT)
 

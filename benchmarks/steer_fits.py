@@ -80,14 +80,14 @@ def projectors(
     return dcd.fit(bench.model, pairs=pairs, sides=sides, epochs=1, rate=rate)
 
 
-def amateur(bench: Bench, batch: Batch, setting: Setting, *, denies: bool = True) -> nn.Module | None:
+def amateur(bench: Bench, batch: Batch, setting: Setting, *, rate: float, denies: bool) -> nn.Module | None:
     """LoL: the model fine-tuned on wrong answers, where the amateur is to be a model."""
     if setting.options["amateur"] != "model":
         return None
-    return bench.once(("amateur", setting.task, denies), partial(_amateur, bench, setting.task, denies))
+    return bench.once(("amateur", setting.task, rate, denies), partial(_amateur, bench, setting.task, rate, denies))
 
 
-def _amateur(bench: Bench, task: str, denies: bool, steps: int = 40, rate: float = 1e-4, rows: int = 24) -> nn.Module:
+def _amateur(bench: Bench, task: str, rate: float, denies: bool, steps: int = 40, rows: int = 24) -> nn.Module:
     model, _ = vlm.load(device=bench.model.device)
     drawn = preferences(task, denies)[: steps * rows]
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
@@ -220,7 +220,8 @@ def relevant(bench: Bench, batch: Batch, setting: Setting, *, similarity: float)
     pixels = batch.inputs["pixel_values"]
     maps = batch.once("relevant", partial(_relevant, bench, batch))
     cosine = torch.full((len(maps),), similarity, device=pixels.device)
-    return agla.masked(pixels, agla.enlarged(maps, pixels.shape[-1]), cosine)
+    # Black is 0 before it is normalised.
+    return 2 * agla.masked((pixels + 1) / 2, agla.enlarged(maps, pixels.shape[-1]), cosine) - 1
 
 
 def _relevant(bench: Bench, batch: Batch) -> Tensor:

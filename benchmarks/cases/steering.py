@@ -100,6 +100,7 @@ def run(
     tasks: str = "existence,captions",
     stems: str | None = None,
     lines: str = "",
+    elsewhere: str = "",
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """For every task a row for the model as it is, and one for every mechanism.
 
@@ -121,6 +122,7 @@ def run(
         stems: mechanisms, commas between them, in the order in which they are begun; None: all.
         lines: a file to which every row is added as soon as it is known; those with figures that it holds are taken as
             they are. Empty: none.
+        elsewhere: the device on which those were judged; time is measured on this one. Empty: they were, too.
     """
     asked = {"existence": existence, "captions": captions, "skills": skills}
     tuned = {"existence": tuned_existence, "captions": tuned_captions}
@@ -136,6 +138,7 @@ def run(
         table = [row for task in named for row in tabled(task, known, done, sizes, timed)]
     bench = station(sizes).bench
     told = facts.machine(bench.model) | {"model": facts.model_facts(bench.model), "spreads": table[0]["spread"]}
+    told |= {"judged on": elsewhere or told["device"]}
     told |= {"tasks": list(named), "asked": asked, "tuned": tuned, "batch": batch, "workers": workers}
     told |= {"test seeds": list(_tests(sizes)), "tuning seeds": list(_tunings(sizes))}
     return told | {"limit": seconds, "until": until, "trials": trials} | verdicts(table), table
@@ -355,7 +358,7 @@ def merit(result: Mapping[str, Any]) -> tuple[bool, float]:
     return result["lost"] < 1 / 3, result["won"]
 
 
-def latency(bench: Bench, setting: Setting, count: int, repeats: int = 2) -> dict[str, Any]:
+def latency(bench: Bench, setting: Setting, count: int, repeats: int = 7) -> dict[str, Any]:
     """Seconds of one caption, steered and not, in turns: a token, prompt included, and what is made of its image first.
 
     Such are sets of tokens, another view, or a picture drawn from a first caption.

@@ -281,6 +281,7 @@ class Branches:
         return made
 
     def _warn(self, ids: Tensor, mask: Tensor, own: Tensor, own_mask: Tensor) -> None:
+        ids, mask, own, own_mask = (x.cpu() for x in (ids, mask, own, own_mask))
         same = [r for r in range(len(ids)) if torch.equal(own[r][own_mask[r].bool()], ids[r][mask[r].bool()])]
         if same:
             rows = "" if len(same) == len(ids) else f" in rows {', '.join(map(str, same))}"

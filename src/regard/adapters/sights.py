@@ -142,9 +142,10 @@ class Sights:
         name, batch = repr(self._contrast.name), ids.shape[0]
         fork.images = [list(held) for held in fork.images] or [[] for _ in range(batch)]
         flat = [views for seen in fork.fresh for views in seen.views]
+        # On the host: a card would be waited for in every row.
         at = [
             self.places(row)[sum(len(i.views[0][0]) for i in held) :]
-            for row, held in zip(ids, fork.images, strict=True)
+            for row, held in zip(ids.cpu(), fork.images, strict=True)
         ]
         total = sum(len(views[0][0]) for views in flat)
         times = 1 if sum(map(len, at)) == total else batch // rows
@@ -191,9 +192,9 @@ class Sights:
         Raises:
             RegardError: its image tokens are not those of the request's images.
         """
-        kept = real.clone()
+        kept, told = real.cpu().clone(), ids.cpu()
         for row, held in enumerate(fork.images):
-            places, own = self.places(ids[row]), [len(image.views[0][0]) for image in held]
+            places, own = self.places(told[row]), [len(image.views[0][0]) for image in held]
             if len(places) != sum(own):
                 raise RegardError(
                     f"the branch prompt of {self._contrast.name!r} has {len(places)} image tokens, the request "
@@ -201,7 +202,7 @@ class Sights:
                 )
             for span, image in zip(places.split(own), held, strict=True):
                 kept[row, span[len(image.views[branch][0]) :]] = False
-        return kept
+        return kept.to(real.device)
 
     @contextmanager
     def showing(self, fork: Fork, branch: int) -> Iterator[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from regard.core.card import Card, Option
@@ -74,12 +75,10 @@ def contrast(where: Where, *, alpha: float, beta: float, outliers: int, attentio
         return Contrast("damro", lambda z: weighted(z, (1.0,), beta), ()) if beta > 0 else None
 
     def view(sight: Sight) -> list[Image]:
-        scores = _lent(sight) if sight.lent is not None else class_attention(*_caught(sight), attention)
-        return [
-            tuple(x[index] for x in image)
-            for image, c in zip(sight.images, scores, strict=True)
-            for index in [outlying(_fitting(c, image), outliers, order)]
-        ]
+        scores = _lent(sight) if sight.lent is not None else class_attention(*_caught(sight), attention).cpu()
+        chosen = [outlying(_fitting(c, image), outliers, order) for image, c in zip(sight.images, scores, strict=True)]
+        places = torch.stack(chosen).to(sight.images[0][0].device)
+        return [tuple(x[index] for x in image) for image, index in zip(sight.images, places, strict=True)]
 
     branches = (BranchSpec(view=view),)
     return Contrast("damro", lambda z: weighted(z, (1 + alpha, -alpha), beta), branches, around=_watched)
