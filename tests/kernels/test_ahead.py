@@ -38,6 +38,20 @@ def test_no_rehearsal_without_a_gpu():
     ahead.rehearse(lambda x: pytest.fail("it was called"), [torch.ones(2)], "some key")
 
 
+def test_a_failed_compilation_is_left_to_the_launch():
+    from triton.runtime._async_compile import active_mode
+
+    def fails():
+        raise RuntimeError("out of resources")
+
+    with ahead._compiling():
+        mode = active_mode.get()
+        assert mode is not None
+        mode.submit("some key", fails, lambda kernel: pytest.fail("it was not compiled"))
+    assert active_mode.get() is None
+    assert not ahead._rehearsing.get()
+
+
 @CUDA
 @pytest.mark.parametrize("T", [100, 4000])
 @pytest.mark.parametrize(("gates", "delta"), [(1, False), (3, True), (4, True)])

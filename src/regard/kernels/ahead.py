@@ -57,10 +57,13 @@ def _without_memory(x: Tensor, learned: bool) -> Tensor:
 
 @contextmanager
 def _compiling() -> Iterator[None]:
-    """Inside, kernels are compiled by threads; at the end all are."""
+    """Inside, kernels are compiled by threads; at the end all are, but for those whose compilation failed.
+
+    These are compiled once more when they are launched, which is where to say what failed.
+    """
     from triton.runtime._async_compile import AsyncCompileMode
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST)) as threads, AsyncCompileMode(threads):
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST)) as threads, AsyncCompileMode(threads, ignore_errors=True):
         token = _rehearsing.set(True)
         try:
             yield
