@@ -6,7 +6,6 @@ columns a program reads them twice. One program a multiprocessor walks over segm
 begin before the last is finished. Names are those of `sweep.py`, where `H` is explained.
 """
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from regard.kernels import ahead
 from regard.kernels.attention.hopper import described
-from regard.kernels.states.segments import Segments
+from regard.kernels.states.problem import Problem
 
 CHUNK = gl.constexpr(64)
 DIM = 128  # of queries and keys, and of values
@@ -224,18 +223,17 @@ def sweep_halves(
 
 
 def sweep(
-    a: Tensor | None, b: Tensor, c: Tensor, out: Tensor | None, decay: Tensor | None, segments: Segments, heads: int, *,
+    p: Problem, b: Tensor, c: Tensor, *, a: Tensor | None, out: Tensor | None,
     scale: float, begin: Tensor | None, end: Tensor | None, total: Tensor | None, reverse: bool,
 ) -> None:  # fmt: skip
     """Launch `sweep_halves` over all segments; without `a` and `out` only states are carried."""
-    items, chunk, half = segments.count * heads, CHUNK.value, HALF.value
-    cores = torch.cuda.get_device_properties(b.device).multi_processor_count if b.is_cuda else 132
+    half = HALF.value
     turned = begin is not None and begin.mT.is_contiguous()
     begin = begin if begin is None or turned else begin.contiguous()
-    groups = [1 if x is None else heads // x.shape[1] for x in (a, b, c)]
+    groups = [1 if x is None else p.heads // x.shape[1] for x in (a, b, c)]
     sides = ((a, DIM), (b, DIM), (c, half), (out, half))
-    ahead.launch(sweep_halves, (min(items, cores),))(
-        *[None if x is None else described(x, chunk, width) for x, width in sides],
-        decay, begin, end, total, segments.table, items, heads, scale, turned, reverse, *groups,
-        STAGES=STAGES_OF_STATES if out is None else STAGES, num_warps=4,
+    ahead.launch(sweep_halves, (p.programs(),))(
+        *[None if x is None else described(x, p.chunk, width) for x, width in sides],
+        p.decay, begin, end, total, p.segments.table, p.segments.count * p.heads, p.heads, scale,
+        turned, reverse, *groups, STAGES=STAGES_OF_STATES if out is None else STAGES, num_warps=4,
     )  # fmt: skip

@@ -8,7 +8,6 @@ memory.
 
 import math
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 from triton.experimental import gluon
@@ -23,11 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from regard.kernels import ahead
 from regard.kernels.attention.hopper import described
-from regard.kernels.states.segments import Segments
+from regard.kernels.states.hopper import CHUNK, DIM, HALF
+from regard.kernels.states.problem import Factors, Problem
+from regard.kernels.states.sweep import TOKEN
 
-CHUNK = gl.constexpr(64)
-DIM = 128  # of queries and keys, and of values
-HALF = gl.constexpr(64)
 # Chunks in flight.
 STAGES = 2
 
@@ -332,28 +330,22 @@ def along_chunks(decay: Tensor) -> Tensor:
 
 
 def sweep(
-    a: Tensor | None, b: Tensor, c: Tensor | None, out: Tensor | None, rule: tuple[Tensor, Tensor, Tensor | None],
-    entry: Tensor | None, decay: Tensor | None, marks: tuple[Tensor | None, Tensor | None, Tensor | None], kind: int,
-    segments: Segments, heads: int, *,
-    scale: float, begin: Tensor | None, end: Tensor | None,
+    p: Problem, f: Factors, b: Tensor, c: Tensor | None, rule: tuple[Tensor, Tensor, Tensor | None], *,
+    a: Tensor | None, out: Tensor | None, scale: float, begin: Tensor | None, end: Tensor | None,
 ) -> None:  # fmt: skip
-    """Launch `sweep_delta` over all segments; `rule`: (beta, triangle, error), `marks`: what factor.py left.
+    """Launch `sweep_delta` over all segments; `rule`: (beta, triangle, error).
 
     Without `a` and `out` only states are carried; without `c` it is zeros.
     """
     beta, triangle, error = rule
-    scaling, wide, scores = marks
-    items, chunk, half = segments.count * heads, CHUNK.value, HALF.value
-    cores = torch.cuda.get_device_properties(b.device).multi_processor_count if b.is_cuda else 132
-    group = lambda x: 1 if x is None else heads // x.shape[1]  # noqa: E731
-    gone = along_chunks(decay) if decay is not None and decay.dim() == 3 else None
-    sides = ((a, DIM), (b, DIM), (c, half), (entry, DIM), (triangle, chunk), (out, half), (error, half))
-    ahead.launch(sweep_delta, (min(items, cores),))(
-        *[None if x is None else described(x, chunk, width) for x, width in sides],
-        gone, scaling, wide, scores, beta,
-        None if begin is None else begin.contiguous(), end, segments.table,
-        *((0, 0) if gone is None else gone.stride()[:2]), *beta.stride(), items, heads, scale,
-        DECAY=kind, GROUP_A=group(a), GROUP_B=group(b), GROUP_C=group(c),
-        GROUP_G=group(gone), BLOCKS=1 if wide is None else wide.shape[2],
-        STAGES=STAGES, num_warps=4,
+    half = HALF.value
+    group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
+    gone = along_chunks(p.decay) if p.kind == TOKEN else None
+    sides = ((a, DIM), (b, DIM), (c, half), (f.entry, DIM), (triangle, p.chunk), (out, half), (error, half))
+    ahead.launch(sweep_delta, (p.programs(),))(
+        *[None if x is None else described(x, p.chunk, width) for x, width in sides],
+        gone, f.scaling, f.wide, f.scores, beta, None if begin is None else begin.contiguous(), end, p.segments.table,
+        *((0, 0) if gone is None else gone.stride()[:2]), *beta.stride(), p.segments.count * p.heads, p.heads, scale,
+        DECAY=p.kind, GROUP_A=group(a), GROUP_B=group(b), GROUP_C=group(c),
+        GROUP_G=group(gone), BLOCKS=p.blocks, STAGES=STAGES, num_warps=4,
     )  # fmt: skip

@@ -72,6 +72,11 @@ class Problem:
         how = launch(dim, columns, self.dtype)
         return {"num_warps": how.warps, "num_stages": how.stages}, (columns // how.block, how.block)
 
+    def programs(self) -> int:
+        """Of kernels whose programs walk over segments: one a segment and head, but no more than multiprocessors."""
+        items, on_card = self.segments.count * self.heads, self.place.type == "cuda"
+        return min(items, torch.cuda.get_device_properties(self.place).multi_processor_count if on_card else items)
+
     def states(self, rows: int, columns: int, count: int | None = None) -> Tensor:
         """Memory for a state of every segment."""
         shape = (count or self.segments.count, self.heads, rows, columns)

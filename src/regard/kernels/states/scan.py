@@ -182,8 +182,7 @@ def run(
     if rule is alone is anchors is meet is None and not strict and on_hopper(p, (NONE, HEAD), (a, b, c, out)):
         from regard.kernels.states import hopper
 
-        more = {"scale": scale, "begin": begin, "end": end, "total": total, "reverse": reverse}
-        hopper.sweep(a, b, c, out, p.decay, p.segments, p.heads, **more)
+        hopper.sweep(p, b, c, a=a, out=out, scale=scale, begin=begin, end=end, total=total, reverse=reverse)
         return
     beta, triangle, error = rule or (None, None, None)
     entry = None if triangle is None else f.entry
@@ -192,10 +191,7 @@ def run(
     if triangle is not None and on_hopper(p, kinds, (a, b, c, out, entry, error)):
         from regard.kernels.states import hopper_delta
 
-        marks = (f.scaling, f.wide, f.scores)
-        hopper_delta.sweep(
-            a, b, c, out, rule, entry, p.decay, marks, p.kind, p.segments, p.heads, scale=scale, begin=begin, end=end
-        )
+        hopper_delta.sweep(p, f, b, c, rule, a=a, out=out, scale=scale, begin=begin, end=end)
         return
     if c is None:
         c = torch.zeros(b.shape[3], dtype=p.dtype, device=p.device).expand(p.batch, p.heads, p.tokens, -1)
