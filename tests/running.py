@@ -35,9 +35,8 @@ def filled_with_nan() -> Iterator[None]:
     def filling(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*arguments: Any, **options: Any) -> Tensor:
             tensor = make(*arguments, **options)
-            return (
-                tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(torch.iinfo(tensor.dtype).min)
-            )
+            with torch.no_grad():  # the inputs of a rehearsal may want gradients
+                return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).min)
 
         return made
 

@@ -6,10 +6,7 @@ What the state says of keys and queries, what is corrected and what is written a
 memory.
 """
 
-import math
-
 from torch import Tensor
-from torch.nn import functional
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,6 +25,8 @@ from regard.kernels.states.sweep import TOKEN
 
 # Chunks in flight.
 STAGES = 2
+# A state to which nothing new is written is looked at every so many chunks.
+LOOK = gl.constexpr(4)
 
 
 @gluon.jit
@@ -73,7 +72,7 @@ def copy(
 
 @gluon.jit
 def decays(G, sg_b, sg_h, batch, head, token, end, tokens, GROUP_G: gl.constexpr):
-    """Logarithms (base 2) of the decay from the chunk's begin to each token, and to its end, see `along_chunks`."""
+    """Logarithms (base 2) of the decay from the chunk's begin to each token, and to its end; see `Problem`."""
     spot = G + batch.to(gl.int64) * sg_b + (head // GROUP_G) * sg_h + token
     last = gl.minimum(end - token, CHUNK) - 1
     return gl.load(spot + gl.minimum(tokens, last)), gl.load(spot + last)
@@ -123,6 +122,14 @@ def weights(scores, SCORES, wide, chunk, head, heads):
         corner = SCORES + (chunk * heads + head).to(gl.int64) * CHUNK * CHUNK
         scores = gl.load(corner + i[:, None] * CHUNK + j[None, :]).to(gl.float32)
     return scores
+
+
+@gluon.jit
+def still(alive, S, i):
+    """Whether anything is left of a state to which nothing new is written; what is 0 stays 0."""
+    if i % LOOK == 0:
+        alive = gl.max(gl.max((S != 0).to(gl.int32), 1), 0) != 0
+    return alive
 
 
 @gluon.jit
@@ -211,6 +218,28 @@ def factors(FACTORS, chunk, head, heads, which: gl.constexpr, dims, ok, DIM: gl.
 
 
 @gluon.jit
+def through(
+    S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, e_tiles, error_desc, stage, step, beta, H, total,
+    SCORES, FACTORS, wide, batch, token, chunk, head, heads, dims, DECAY: gl.constexpr, OWN: gl.constexpr,
+):  # fmt: skip
+    """The state after a chunk, and the chunk's output over the scale."""
+    written, out = written_by(
+        S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, stage, beta, H, SCORES, wide, chunk, head, heads,
+        DECAY, OWN,
+    )  # fmt: skip
+    S, turned, out, left = add(
+        S, written, out, b, p_tiles, H, total, wide, FACTORS, chunk, head, heads, dims, DECAY, OWN
+    )
+    if error_desc is not None:
+        put(error_desc, e_tiles.index(2 * OWN + step % 2), written / beta[None, :], batch, head, token, OWN)
+    if p_tiles is not None:
+        S, turned, out, left = warpgroup_mma_wait(0, deps=[S, turned, out, left])
+    else:
+        S, turned = warpgroup_mma_wait(0, deps=[S, turned])
+    return S, out
+
+
+@gluon.jit
 def carry_half(
     out_desc, error_desc, a_tiles, b_tiles, c_tiles, entry_tiles, solved_tiles, p_tiles, o_tiles, e_tiles, full, empty,
     G, FACTORS, WIDE, SCORES, BETA, BEGIN, END, SEGMENTS, sg_b, sg_h, sw_b, sw_h, sw_t, items, heads, scale,
@@ -230,6 +259,7 @@ def carry_half(
         S = begun(BEGIN, item, columns, dims, STATE, HALF, DIM)
         if DECAY == 3:
             S *= factors(FACTORS, first, head, heads, 0, dims, chunks > 0, DIM)[None, :]
+        alive = start >= 0
         for i in range(chunks):
             token, stage, chunk = start + i * CHUNK, step % STAGES, first + i
             beta = strengths(BETA, sw_b, sw_h, sw_t, batch, head, token, end, tokens)
@@ -239,19 +269,18 @@ def carry_half(
             wide = is_wide(WIDE, chunk, head, heads, BLOCKS)
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             b = matrix(b_tiles, stage, CHUNK, DIM)
-            written, out = written_by(
-                S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, stage, beta, H, SCORES, wide, chunk, head,
-                heads, DECAY, OWN,
-            )  # fmt: skip
-            S, turned, out, left = add(
-                S, written, out, b, p_tiles, H, total, wide, FACTORS, chunk, head, heads, dims, DECAY, OWN
-            )
-            if error_desc is not None:
-                put(error_desc, e_tiles.index(2 * OWN + step % 2), written / beta[None, :], batch, head, token, OWN)
-            if out_desc is not None:
-                S, turned, out, left = warpgroup_mma_wait(0, deps=[S, turned, out, left])
+            if c_tiles is None:
+                alive = still(alive, S, i)
+                if alive:
+                    S, _ = through(
+                        S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, e_tiles, error_desc, stage, step,
+                        beta, H, total, SCORES, FACTORS, wide, batch, token, chunk, head, heads, dims, DECAY, OWN,
+                    )  # fmt: skip
             else:
-                S, turned = warpgroup_mma_wait(0, deps=[S, turned])
+                S, out = through(
+                    S, a_tiles, b, c_tiles, entry_tiles, solved_tiles, p_tiles, e_tiles, error_desc, stage, step,
+                    beta, H, total, SCORES, FACTORS, wide, batch, token, chunk, head, heads, dims, DECAY, OWN,
+                )  # fmt: skip
             mbarrier.arrive(empty.index(stage), count=1)
             if DECAY == 3:
                 S *= factors(FACTORS, chunk, head, heads, 2, dims, True, DIM)[None, :]
@@ -320,15 +349,6 @@ def sweep_delta(
     )  # fmt: skip
 
 
-def along_chunks(decay: Tensor) -> Tensor:
-    """`[B, H, T]`, logarithms (base 2) of the decay from the begin of a token's chunk to it."""
-    # No smaller than what float32 can tell from 0.
-    g = (decay.float() * math.log2(math.e)).clamp_(min=-173.0)
-    chunk, tokens = CHUNK.value, decay.shape[2]
-    g = functional.pad(g, (0, -tokens % chunk))
-    return g.unflatten(2, (-1, chunk)).cumsum(3).flatten(2)
-
-
 def sweep(
     p: Problem, f: Factors, b: Tensor, c: Tensor | None, rule: tuple[Tensor, Tensor, Tensor | None], *,
     a: Tensor | None, out: Tensor | None, scale: float, begin: Tensor | None, end: Tensor | None,
@@ -340,7 +360,7 @@ def sweep(
     beta, triangle, error = rule
     half = HALF.value
     group = lambda x: 1 if x is None else p.heads // x.shape[1]  # noqa: E731
-    gone = along_chunks(p.decay) if p.kind == TOKEN else None
+    gone = p.along_chunks if p.kind == TOKEN else None
     sides = ((a, DIM), (b, DIM), (c, half), (f.entry, DIM), (triangle, p.chunk), (out, half), (error, half))
     ahead.launch(sweep_delta, (p.programs(),))(
         *[None if x is None else described(x, p.chunk, width) for x, width in sides],

@@ -1,5 +1,6 @@
 """What all launches of one scan share: sizes, decays and segments, how a kernel is cut, and how tensors are read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from regard.kernels import device
@@ -66,6 +68,15 @@ class Problem:
     def whole(self) -> Segments:
         """Every sequence in one piece."""
         return cut(self.spans, self.chunk, None, self.place)
+
+    @cached_property
+    def along_chunks(self) -> Tensor:
+        """`[B, H, T]`, of decays by token: logarithms (base 2) of the decay from the begin of a token's chunk to it."""
+        assert self.decay is not None
+        # No smaller than what float32 can tell from 0.
+        g = (self.decay.float() * math.log2(math.e)).clamp_(min=-173.0)
+        g = functional.pad(g, (0, -self.tokens % self.chunk))
+        return g.unflatten(2, (-1, self.chunk)).cumsum(3).flatten(2)
 
     def launch(self, dim: int, columns: int) -> tuple[dict[str, int], tuple[int, int]]:
         """Keywords of a launch, and its number of column blocks and their size."""
