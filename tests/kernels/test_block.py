@@ -256,6 +256,14 @@ def test_kernels_for_hopper(D, group, softcap, dtype, monkeypatch):
     check(blocks, 2, 2 * group, 2, D, dtype=dtype, scale=D**-0.5, softcap=softcap)
 
 
+@pytest.mark.skipif(not HOPPER, reason="the kernels of hopper.py need a Hopper GPU")
+@pytest.mark.parametrize("group", [1, 2])
+def test_programs_for_hopper_take_tile_after_tile(group):
+    # 24 blocks of keys of 4 heads in 4 batch rows, more than two for each multiprocessor.
+    blocks = listed(drawn_mask(7, 4, 300, 3000, (128, 128)), (128, 128))
+    check(blocks, 4, 4 * group, 4, 128, dtype=torch.bfloat16, scale=128**-0.5)
+
+
 @pytest.mark.skipif(not HOPPER, reason="elsewhere one kernel gives the same in every run")
 def test_deterministic_algorithms_give_the_same_in_every_run():
     blocks = listed(drawn_mask(6, 2, 700, 900, (128, 128)), (128, 128))

@@ -19,7 +19,7 @@ ALLOWED = {
     ("_latent", None, None): 640,
     # Attention over blocks. With D 128 a table without spills was slower, and `gradients` spills addresses only;
     # softcaps and bits in kernels for Hopper, D 256 and float32 are not tuned.
-    ("attend_tiles", 128, None): 96, ("gradients", 128, None): 544, ("attend_rows", 128, False): 192,
+    ("attend_tiles", 128, None): 96, ("gradients", 128, None): 432, ("attend_rows", 128, False): 192,
     ("row_gradients", 256, False): 296, ("column_gradients", 256, False): 64,
     ("attend_rows", 64, True): 576, ("row_gradients", 64, True): 3040, ("column_gradients", 64, True): 3040,
     ("_read_codes", None, None): 104,  # before and after the loop

@@ -327,10 +327,10 @@ def _tile(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], 
     return shape, gl.NVMMASharedLayout.get_default_for(list(shape), DTYPES[dtype])
 
 
-def programs(x: Tensor, tiles: int) -> int:
-    """How many programs walk over `tiles` tiles."""
+def programs(x: Tensor, tiles: int, waves: int = WAVES) -> int:
+    """How many programs, `waves` a multiprocessor, walk over `tiles` tiles."""
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-    return min(tiles, WAVES * count)
+    return min(tiles, waves * count)
 
 
 def forward(
