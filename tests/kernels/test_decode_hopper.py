@@ -71,6 +71,8 @@ def test_what_it_takes():
     assert not hopper.takes(*(x.float() for x in (q, k, v)))
     assert not hopper.takes(*(x[..., :64] for x in (q, k, v)))
     assert not hopper.takes(q, k[:, :, :0], v[:, :, :0])
+    assert hopper.takes(q[:, :4], *(torch.empty(1, 1, 4096, 128, dtype=q.dtype) for _ in range(2)))
+    assert not hopper.takes(q[:, :4], *(torch.empty(1, 1, 4097, 128, dtype=q.dtype) for _ in range(2)))
     assert not hopper.takes(q, k.flatten()[3 : 3 + 8 * 69 * 128].view(1, 8, 69, 128), v[:, :, 1:])
     assert not hopper.takes(*(x.expand(2, -1, -1, -1) for x in (q, k, v)))
 
@@ -126,11 +128,11 @@ def test_strides():
 @ON_HOPPER
 def test_calls_it_does_not_do_are_done_by_the_other(monkeypatch):
     seen = launches(monkeypatch)
-    q, k, v = made(5, 1, 4, 2, 1, 300)
-    check(torch.cat([q, q], 0), k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1))
     check(*made(5, 3, 8, 8, 1, 100))
+    here = [x.to(DEVICE) for x in made(5, 1, 4, 2, 1, 300)]
+    twice = [x.expand(2, -1, -1, -1) for x in here]
+    right(kernel.decode(*twice, scale=128**-0.5), decode(*(x.double().cpu() for x in twice)))
     assert not seen
-    here = [x.to(DEVICE) for x in (q, k, v)]
     kernel.decode(*here, scale=0.1, lengths=torch.tensor([100], device=DEVICE))
     kernel.decode(*here, scale=0.1, softcap=5.0)
     kernel.decode(*here, scale=0.1, recent=50)
@@ -172,7 +174,7 @@ def test_many_calls_follow_each_other():
                 found += [kernel.decode(*here, scale=128**-0.5) for here, _ in cases]
         for (out, lse), (_, (expected, masses)) in zip(found, cases * 2, strict=True):
             error = ((out - expected).abs().max() / expected.abs().max()).item()
-            assert error <= FLOATS[torch.bfloat16]
+            assert error <= 1e-2  # of outputs near 0: weights are rounded too
             assert (lse - masses).abs().max() <= 1e-4
     assert at_rest()
 

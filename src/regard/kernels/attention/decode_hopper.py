@@ -36,14 +36,21 @@ TILE = 64  # keys
 STAGES = 3  # tiles in flight; two programs fit on a multiprocessor, so that joiners run beside readers
 ROWS = 16  # query rows of a KV head: new tokens times the group. The last tile and the one before hide keys from them
 MOST = 16  # outputs: more of them fill the card without being split
+READERS = 32  # of an output: more pieces take longer to join than they save
+# Where the other kernel is no slower: keys that so few readers take long to read, and so many that joining is nothing.
+FEW, LONG, ALL = 4, 4096, 2**20
 PIECES = gl.constexpr(16)  # joined in one go
 LINE = gl.constexpr(32)  # words between tickets of two outputs: a cache line
 SPARE = 2  # workspaces made ahead, for graphs to come
 
 
-def _waiting(count: int) -> tuple[str, str]:
-    """PTX, and its constraints: load `count` words and as many pairs, until none has ones in all bits."""
-    lines = ["{", ".reg .pred absent;", "AGAIN:"]
+def _waiting(count: int, pause: int = 32) -> tuple[str, str]:
+    """PTX, and its constraints: load `count` words and as many pairs, until none has ones in all bits.
+
+    Until the first pair has come it looks at that alone, every `pause` ns: more would take bandwidth from readers.
+    """
+    lines = ["{", ".reg .pred absent;", ".reg .b32 first;", f"LOOK: ld.relaxed.gpu.global.b32 first, [${4 * count}];"]
+    lines += ["setp.eq.s32 absent, first, -1;", f"@absent nanosleep.u32 {pause};", "@absent bra LOOK;", "AGAIN:"]
     lines += [f"ld.relaxed.gpu.global.b32 ${i}, [${3 * count + i}];" for i in range(count)]
     for i in range(count, 2 * count):
         lines.append(f"ld.relaxed.gpu.global.v2.b32 {{${i}, ${count + i}}}, [${3 * count + i}];")
@@ -312,7 +319,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and D == v.shape[3] == DIM
         and B * Hk <= min(MOST, cores(q.device) // 2)
         and T * H // Hk <= ROWS
-        and S > 0
+        and 0 < S * B * Hk <= ALL
+        and (S <= LONG or B * Hk >= FEW)
         and fits(k)
         and fits(v)
     )
@@ -324,7 +332,7 @@ def decode(
     """Fill `out` and `lse`, which are contiguous; `space` is this stream's `workspace`."""
     (B, H, T, _), (Hk, S) = q.shape, k.shape[1:3]
     tiles = -(-S // TILE)
-    split = min(cores(q.device) // (B * Hk), tiles)
+    split = min(cores(q.device) // (B * Hk), READERS, tiles)
     descriptors: list[Any] = [described(k, TILE, DIM), described(v, TILE, DIM)]
     attend_once[(B * Hk * split + B * H * T,)](
         *descriptors, q, out, lse, space, tiles, B * Hk, Hk, split, S, T, scale * LOG2E.value, q.stride(),
