@@ -33,7 +33,7 @@ from regard.kernels.attention.hopper import LOG2E, described
 
 DIM = 128  # of keys and values
 TILE = 64  # keys
-STAGES = 3  # tiles in flight; two programs fit on a multiprocessor, so that joiners run beside readers
+STAGES = 6  # tiles of keys or values in flight; two programs fit on a multiprocessor: joiners run beside readers
 ROWS = 16  # query rows of a KV head: new tokens times the group. The last tile and the one before hide keys from them
 MOST = 16  # outputs: more of them fill the card without being split
 READERS = 32  # of an output: more pieces take longer to join than they save
@@ -70,8 +70,16 @@ def work_of(outputs, heads):
 
 
 @gluon.jit
+def freed(empty, step):
+    """Wait for the next stage to be free; which it is."""
+    STAGES: gl.constexpr = empty.shape[0]
+    mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
+    return step % STAGES
+
+
+@gluon.jit
 def copy(
-    k_desc, v_desc, TICKETS, k_tiles, v_tiles, more, full, empty, tiles, outputs, heads, split,
+    k_desc, v_desc, TICKETS, held, more, full, empty, tiles, outputs, heads, split,
     TILE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The warp that takes tickets and copies tiles, the last one of the keys first; `more` says that one is coming."""
@@ -80,30 +88,44 @@ def copy(
         batch, head, output, ticket = work_of(outputs, heads)
         step = 0
         while ticket < tiles:
-            stage, at = step % STAGES, (tiles - 1 - ticket) * TILE
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            place = [batch, head, (tiles - 1 - ticket) * TILE, 0]
+            stage = freed(empty, step)
             more.index(stage).store(gl.full([1], 1, gl.int32, WARP))
-            mbarrier.expect(full.index(stage), 2 * k_desc.block_type.nbytes)
-            tma.async_copy_global_to_shared(k_desc, [batch, head, at, 0], full.index(stage), k_tiles.index(stage))
-            tma.async_copy_global_to_shared(v_desc, [batch, head, at, 0], full.index(stage), v_tiles.index(stage))
-            step += 1
+            mbarrier.expect(full.index(stage), k_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(k_desc, place, full.index(stage), held.index(stage))
+            stage = freed(empty, step + 1)
+            mbarrier.expect(full.index(stage), v_desc.block_type.nbytes)
+            tma.async_copy_global_to_shared(v_desc, place, full.index(stage), held.index(stage))
+            step += 2
             ticket += split
             if step >= STAGES:  # the first ones need no ticket, and so no wait for it
-                ticket = STAGES * split + 1 + gl.atomic_add(TICKETS + output * LINE, 1, sem="relaxed")
-        mbarrier.wait(empty.index(step % STAGES), ((step // STAGES) & 1) ^ 1)
-        more.index(step % STAGES).store(gl.full([1], 0, gl.int32, WARP))
-        mbarrier.arrive(full.index(step % STAGES), count=1)
+                ticket = (STAGES + 1) // 2 * split + 1 + gl.atomic_add(TICKETS + output * LINE, 1, sem="relaxed")
+        stage = freed(empty, step)
+        more.index(stage).store(gl.full([1], 0, gl.int32, WARP))
+        mbarrier.arrive(full.index(stage), count=1)
+
+
+@gluon.jit
+def come(full, step):
+    """Wait for what is copied to a stage; which it is."""
+    STAGES: gl.constexpr = full.shape[0]
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    return step % STAGES
 
 
 @gluon.jit
 def add_tile(
-    q, k, v, empty, total, top, out, factor, seen, PARTIAL: gl.constexpr, SCORES: gl.constexpr, OPERAND: gl.constexpr
-):
-    """Online softmax with one tile; PARTIAL: row r sees its first `seen[r]` keys."""
-    TILE: gl.constexpr = k.shape[0]
+    q, held, full, empty, step, total, top, out, factor, seen, PARTIAL: gl.constexpr, SCORES: gl.constexpr,
+    OPERAND: gl.constexpr,
+):  # fmt: skip
+    """Online softmax with a tile whose keys have come; PARTIAL: row r sees its first `seen[r]` keys."""
+    STAGES: gl.constexpr = held.shape[0]
+    TILE: gl.constexpr = held.shape[1]
+    stage = step % STAGES
     zero = gl.zeros([64, TILE], gl.float32, SCORES)
-    scores = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    scores = warpgroup_mma(q, held.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
+    mbarrier.arrive(empty.index(stage), count=1)
     if PARTIAL:
         columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
         scores = gl.where(columns[None, :] < seen[:, None], scores, float("-inf"))
@@ -114,19 +136,20 @@ def add_tile(
     p = gl.exp2(scores * factor - least[:, None])
     shrink = gl.exp2(top - least)
     total = total * shrink + gl.sum(p, 1)
-    p = gl.convert_layout(p.to(k.dtype), OPERAND)
+    p = gl.convert_layout(p.to(held.dtype), OPERAND)
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
-    out = warpgroup_mma(p, v, out, is_async=True)
+    stage = come(full, step + 1)
+    out = warpgroup_mma(p, held.index(stage), out, is_async=True)
     out = warpgroup_mma_wait(0, deps=[out])
-    mbarrier.arrive(empty, count=1)
+    mbarrier.arrive(empty.index(stage), count=1)
     return total, new, out
 
 
 @gluon.jit
-def come(full, more, step, STAGES: gl.constexpr):
-    """Wait for a stage; whether a tile came with it."""
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
-    return gl.max(more.index(step % STAGES).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def another(full, more, step):
+    """Whether one more tile comes; if so, its keys have."""
+    stage = come(full, step)
+    return gl.max(more.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0) > 0
 
 
 @gluon.jit
@@ -138,20 +161,19 @@ def present(x):
 
 @gluon.jit
 def read_tiles(
-    Q, PARTS, STATS, k_tiles, v_tiles, more, full, empty, tiles, outputs, heads, split, S, T, factor, sq,
+    Q, PARTS, STATS, held, more, full, empty, tiles, outputs, heads, split, S, T, factor, sq,
     TILE: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """The warps that attend with the tiles of a reader and store what they found, a piece of each of their rows."""
-    DTYPE: gl.constexpr = k_tiles.dtype
-    DIM: gl.constexpr = k_tiles.shape[4]
+    DTYPE: gl.constexpr = held.dtype
+    DIM: gl.constexpr = held.shape[4]
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     QUERIES: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     FLAT: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, DIM], DTYPE)
     batch, head, output, own = work_of(outputs, heads)
-    k_tiles = k_tiles._reinterpret(DTYPE, [STAGES, TILE, DIM], FLAT)
-    v_tiles = v_tiles._reinterpret(DTYPE, [STAGES, TILE, DIM], FLAT)
+    held = held._reinterpret(DTYPE, [STAGES, TILE, DIM], FLAT)
     row = gl.arange(0, 64, layout=gl.SliceLayout(1, QUERIES))
     dims = gl.arange(0, DIM, layout=gl.SliceLayout(0, QUERIES))
     spot = batch.to(gl.int64) * sq[0] + (head * GROUP + row % GROUP) * sq[1] + (row // GROUP) * sq[2]
@@ -164,18 +186,12 @@ def read_tiles(
     seen = S - (tiles - 1 - own) * TILE + gl.zeros_like(line)
     if CUT:
         seen += 1 - T + line // GROUP
-    mbarrier.wait(full.index(0), 0)
-    total, top, out = add_tile(
-        q, k_tiles.index(0), v_tiles.index(0), empty.index(0), total, top, out, factor, seen, True, SCORES, OPERAND
-    )
-    step = 1
-    while come(full, more, step, STAGES) > 0:
-        stage = step % STAGES
-        k, v = k_tiles.index(stage), v_tiles.index(stage)
-        total, top, out = add_tile(
-            q, k, v, empty.index(stage), total, top, out, factor, seen, False, SCORES, OPERAND
-        )  # fmt: skip
-        step += 1
+    come(full, 0)
+    total, top, out = add_tile(q, held, full, empty, 0, total, top, out, factor, seen, True, SCORES, OPERAND)
+    step = 2
+    while another(full, more, step):
+        total, top, out = add_tile(q, held, full, empty, step, total, top, out, factor, seen, False, SCORES, OPERAND)
+        step += 2
     piece, count = (output * split + own) * T * GROUP, T * GROUP
     gl.store(STATS + (piece + line) * 2, present(top), mask=line < count)
     gl.store(STATS + (piece + line) * 2 + 1, present(total), mask=line < count)
@@ -225,17 +241,17 @@ def join_pieces(OUT, LSE, PARTS, STATS, TICKETS, job, split, T, DIM: gl.constexp
 
 @gluon.jit
 def read_or_join(
-    Q, OUT, LSE, TICKETS, k_tiles, v_tiles, more, full, empty, tiles, outputs, heads, split, S, T, factor, sq,
+    Q, OUT, LSE, TICKETS, held, more, full, empty, tiles, outputs, heads, split, S, T, factor, sq,
     TILE: gl.constexpr, STAGES: gl.constexpr, GROUP: gl.constexpr, CUT: gl.constexpr, MOST: gl.constexpr,
 ):  # fmt: skip
     """What the four warps of a program do."""
-    DIM: gl.constexpr = k_tiles.shape[4]
+    DIM: gl.constexpr = held.shape[4]
     PARTS = TICKETS + MOST * LINE
     STATS = PARTS + outputs * split * T * GROUP * DIM
     job = gl.program_id(0) - outputs * split
     if job < 0:
         read_tiles(
-            Q, PARTS, STATS, k_tiles, v_tiles, more, full, empty, tiles, outputs, heads, split, S, T, factor, sq,
+            Q, PARTS, STATS, held, more, full, empty, tiles, outputs, heads, split, S, T, factor, sq,
             TILE, STAGES, GROUP, CUT,
         )  # fmt: skip
     else:
@@ -249,8 +265,7 @@ def attend_once(
 ):  # fmt: skip
     """Grid: `outputs * split` readers, at most `tiles` of an output, and a joiner for each query row."""
     shape: gl.constexpr = [STAGES, 1, 1, TILE, k_desc.block_type.shape[3]]
-    k_tiles = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)
-    v_tiles = gl.allocate_shared_memory(k_desc.dtype, shape, v_desc.layout)
+    held = gl.allocate_shared_memory(k_desc.dtype, shape, k_desc.layout)  # keys and values in turn
     more = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -261,11 +276,11 @@ def attend_once(
     gl.warp_specialize(
         [
             (read_or_join, (
-                Q, OUT, LSE, TICKETS, k_tiles, v_tiles, more, full, empty, tiles, outputs, heads, split, S, T, factor,
+                Q, OUT, LSE, TICKETS, held, more, full, empty, tiles, outputs, heads, split, S, T, factor,
                 sq, TILE, STAGES, GROUP, CUT, MOST,
             )),
             (copy, (
-                k_desc, v_desc, TICKETS, k_tiles, v_tiles, more, full, empty, tiles, outputs, heads, split,
+                k_desc, v_desc, TICKETS, held, more, full, empty, tiles, outputs, heads, split,
                 TILE, STAGES,
             )),
         ],
