@@ -117,6 +117,16 @@ def decode() -> None:
     decode(q, k, k, scale=0.1, lengths=ints(1), part_of=part)
 
 
+def decode_on_hopper() -> None:
+    from regard.kernels import device
+    from regard.kernels.attention.decode import decode
+
+    with patch.object(device, "capability", lambda place: (9, 0)):
+        for T, H, dtype in [(1, 32, torch.bfloat16), (4, 32, torch.bfloat16), (1, 8, torch.float16)]:
+            q, keys = _empty(1, H, T, 128, dtype=dtype), _empty(1, 8, 32768, 128, dtype=dtype)
+            decode(q, keys, keys, scale=0.1)
+
+
 def latent() -> None:
     from regard.kernels import device
     from regard.kernels.attention.latent import decode

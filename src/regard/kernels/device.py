@@ -1,5 +1,6 @@
 """Where Triton kernels run. Does not import Triton, so that it may be asked anywhere."""
 
+import ctypes
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -33,6 +34,19 @@ def _refuses(device: torch.device) -> str | None:
 def capturing(device: torch.device) -> bool:
     """Whether the current stream of `device` is being captured as a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def captured_graph(stream: int) -> int:
+    """A number of its own for each capture; `stream`, by its handle, is part of one.
+
+    Raises:
+        RuntimeError: the driver does not say.
+    """
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    ask = ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    if error := ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), None, None, None):
+        raise RuntimeError(f"cuStreamGetCaptureInfo answers with error {error}")
+    return number.value
 
 
 def keep_for_graphs(held: Any, device: torch.device) -> Any:

@@ -3,7 +3,7 @@
 All query rows of a KV head (its group of heads, times the new tokens) are the rows of one tile. A worker walks its
 interval of the line of key tiles; where an output ends in it, it writes what it found. A second launch joins the pieces
 of outputs that several workers read. Nothing is read back and no size depends on the lengths, so a CUDA graph may be
-replayed while they grow.
+replayed while they grow. Few requests of one length that see all their keys go to `decode_hopper.py` where it can run.
 
 Bytes: all keys and values once. FLOPs: `4 T H S D`, on rows padded to 16: a tenth of the card's at most.
 """
@@ -96,6 +96,9 @@ def decode(
     """
     B, H, T, D = q.shape
     Hk, Dv = k.shape[1], v.shape[3]
+    plain = all(x is None for x in (lengths, pages, positions, q_positions, recent, softcap, workers, part_of))
+    if plain and not sink and (found := _at_once(q, k, v, scale, causal)):
+        return found
     chosen = launch(k, v)
     room = k.shape[2] if pages is None else pages.shape[1] * k.shape[2]
     programs = workers or _workers(
@@ -127,6 +130,19 @@ def decode(
             out, lse, part, lengths, heads, B, Hk, H // group, room, T, programs,
             GROUP=group, DV=Dv, BLOCK_V=block_v, TILE=chosen.tile, num_warps=4,
         )  # fmt: skip
+    return out, lse
+
+
+def _at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
+    """By the kernel for Hopper, which needs no second launch; None: it does not do this call."""
+    if device.capability(q.device)[0] != 9 or not triton.__version__.startswith("3.6."):
+        return None  # Gluon promises nothing from one version to the next
+    from regard.kernels.attention import decode_hopper
+
+    if not decode_hopper.takes(q, k, v) or (space := decode_hopper.workspace(q.device)) is None:
+        return None
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+    decode_hopper.decode(q, k, v, out, lse, space, scale, causal)
     return out, lse
 
 
