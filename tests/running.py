@@ -28,6 +28,18 @@ def close(found: Tensor, expected: Tensor, most: float) -> None:
     assert error <= most, f"errs by {error:.2e}, more than {most:.2e}"
 
 
+def right(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Assert that an output and its log-sum-exps are those in float64; rows that see nothing have 0 and -inf."""
+    (out, lse), (wanted, masses) = found, expected
+    assert out.dtype == dtype
+    assert lse.dtype == torch.float32
+    empty = masses == -torch.inf
+    assert torch.equal(lse.cpu() == -torch.inf, empty)
+    assert (out.cpu()[empty] == 0).all()
+    close(out, wanted, FLOATS[dtype])
+    close(lse.cpu().masked_fill(empty, 0), masses.masked_fill(empty, 0), 1e-5)
+
+
 @contextmanager
 def filled_with_nan() -> Iterator[None]:
     """Inside, memory that torch does not set holds NaN, so that a kernel that leaves an entry out is seen."""

@@ -10,7 +10,7 @@ import triton
 from regard.kernels import device
 from regard.kernels.attention import decode as kernel
 from regard.ops.decode import decode
-from running import DEVICE, FLOATS, close, drawn, filled_with_nan
+from running import DEVICE, FLOATS, close, drawn, filled_with_nan, right
 
 if triton.__version__.startswith("3.6."):
     from regard.kernels.attention import decode_hopper as hopper
@@ -32,17 +32,6 @@ def launches(monkeypatch):
     seen, launch = [], hopper.decode
     monkeypatch.setattr(hopper, "decode", lambda *arguments: (seen.append(1), launch(*arguments)))
     return seen
-
-
-def right(found, expected, dtype=torch.bfloat16):
-    (out, lse), (expected, masses) = found, expected
-    assert out.dtype == dtype
-    assert lse.dtype == torch.float32
-    empty = masses == -torch.inf
-    assert torch.equal(lse.cpu() == -torch.inf, empty)
-    assert (out.cpu()[empty] == 0).all()
-    close(out, expected, FLOATS[dtype])
-    close(lse.cpu().masked_fill(empty, 0), masses.masked_fill(empty, 0), 1e-5)
 
 
 def check(q, k, v, causal=True):
