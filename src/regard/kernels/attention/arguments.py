@@ -1,9 +1,16 @@
 """How tensors and lists of blocks are handed to the kernels of this folder."""
 
 import torch
+import triton
 from torch import Tensor
 
+from regard.kernels import device
 from regard.primitives.block_list import BlockList
+
+
+def on_gluon(where: torch.device) -> bool:
+    """Whether kernels in Gluon for Hopper run there: it promises nothing from one version of Triton to the next."""
+    return device.capability(where)[0] == 9 and triton.__version__.startswith("3.6.")
 
 
 def lists(blocks: BlockList) -> tuple[Tensor | None, ...]:

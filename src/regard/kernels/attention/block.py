@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -16,7 +15,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from regard.core.errors import RegardError
 from regard.core.shapes import group_size
 from regard.kernels import device
-from regard.kernels.attention.arguments import fits, like, lists, spread, three
+from regard.kernels.attention.arguments import fits, like, lists, on_gluon, spread, three
 from regard.kernels.attention.backward import column_gradients, prepare, row_gradients
 from regard.kernels.attention.forward import LOG2E, attend_rows
 from regard.primitives.block_list import SIZES, BlockList
@@ -199,9 +198,7 @@ def on_hopper(q: Tensor, k: Tensor, v: Tensor, blocks: BlockList, cap: float | N
     They take D of 64 and softcaps as well, but have not been checked with those on a card yet.
     """
     return (
-        q.is_cuda
-        and torch.cuda.get_device_capability(q.device)[0] == 9
-        and triton.__version__.startswith("3.6.")  # Gluon promises nothing from one version to the next
+        on_gluon(q.device)
         and q.dtype != torch.float32
         and q.shape[3] == 128
         and cap is None

@@ -20,6 +20,7 @@ from regard.core.shapes import power_of_two
 from regard.core.store import Part
 from regard.kernels import device
 from regard.kernels.attention import intervals
+from regard.kernels.attention.arguments import on_gluon
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 ROWS = 64  # query rows of a KV head: new tokens times the group
@@ -135,8 +136,8 @@ def decode(
 
 def _at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor] | None:
     """By the kernel for Hopper, which needs no second launch; None: it does not do this call."""
-    if device.capability(q.device)[0] != 9 or not triton.__version__.startswith("3.6."):
-        return None  # Gluon promises nothing from one version to the next
+    if not on_gluon(q.device):
+        return None
     from regard.kernels.attention import decode_hopper
 
     if not decode_hopper.takes(q, k, v) or (space := decode_hopper.workspace(q.device)) is None:

@@ -12,7 +12,6 @@ lies between the last key and the result is one store and one load. It takes mem
 Bytes: all keys and values once. FLOPs: `4 T H S D`, on rows padded to 64: a third of the card's at most.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from regard.kernels import device
 from regard.kernels.attention.arguments import fits
-from regard.kernels.attention.hopper import LOG2E, described
+from regard.kernels.attention.hopper import LOG2E, cores, described, online
 
 DIM = 128  # of keys and values
 TILE = 64  # keys
@@ -129,14 +128,7 @@ def add_tile(
     if PARTIAL:
         columns = gl.arange(0, TILE, layout=gl.SliceLayout(0, SCORES))
         scores = gl.where(columns[None, :] < seen[:, None], scores, float("-inf"))
-    new = gl.maximum(top, gl.max(scores, 1) * factor)
-    least = new
-    if PARTIAL:
-        least = gl.where(new == float("-inf"), 0.0, new)
-    p = gl.exp2(scores * factor - least[:, None])
-    shrink = gl.exp2(top - least)
-    total = total * shrink + gl.sum(p, 1)
-    p = gl.convert_layout(p.to(held.dtype), OPERAND)
+    p, total, new, shrink = online(scores, total, top, factor, PARTIAL, OPERAND, held.dtype)
     out = out * gl.convert_layout(shrink, gl.SliceLayout(1, out.type.layout))[:, None]
     stage = come(full, step + 1)
     out = warpgroup_mma(p, held.index(stage), out, is_async=True)
@@ -289,12 +281,6 @@ def attend_once(
     )  # fmt: skip
 
 
-@functools.cache
-def cores(where: torch.device) -> int:
-    """Multiprocessors, and so readers: one each already waits for memory alone."""
-    return torch.cuda.get_device_properties(where).multi_processor_count if where.type == "cuda" else 132
-
-
 _made: dict[tuple[torch.device, int, int], Tensor] = {}
 _spare: dict[torch.device, list[Tensor]] = {}
 
@@ -347,6 +333,7 @@ def decode(
     """Fill `out` and `lse`, which are contiguous; `space` is this stream's `workspace`."""
     (B, H, T, _), (Hk, S) = q.shape, k.shape[1:3]
     tiles = -(-S // TILE)
+    # A reader a multiprocessor: one each already waits for memory alone.
     split = min(cores(q.device) // (B * Hk), READERS, tiles)
     descriptors: list[Any] = [described(k, TILE, DIM), described(v, TILE, DIM)]
     attend_once[(B * Hk * split + B * H * T,)](

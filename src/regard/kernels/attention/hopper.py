@@ -100,19 +100,10 @@ def cut(scores, part, bound, row, BITS, N: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def weigh(
-    scores, total, top, factor, cap, part, bound, row, BITS,
-    PARTIAL: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr,
+def online(
+    scores, total, top, factor, PARTIAL: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr
 ):  # fmt: skip
     """Online softmax: weights of a tile as the next product takes them, the new sum and top, and what shrinks sums."""
-    if cap is not None:
-        scores = scores * (factor / LOG2E) / cap
-        small = gl.exp2(-2.8853900817779268 * gl.abs(scores))
-        tanh = (1 - small) / (1 + small)
-        scores = gl.where(scores < 0, -tanh, tanh) * (cap * LOG2E)
-        factor = 1.0
-    if PARTIAL:
-        scores = cut(scores, part, bound, row, BITS, N, LAYOUT)
     new = gl.maximum(top, gl.max(scores, 1) * factor)
     least = new
     if PARTIAL:
@@ -121,6 +112,23 @@ def weigh(
     shrink = gl.exp2(top - least)
     total = total * shrink + gl.sum(p, 1)
     return gl.convert_layout(p.to(DTYPE), OPERAND), total, new, shrink
+
+
+@gluon.jit
+def weigh(
+    scores, total, top, factor, cap, part, bound, row, BITS,
+    PARTIAL: gl.constexpr, N: gl.constexpr, LAYOUT: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """`online`, of scores that are capped and cut first."""
+    if cap is not None:
+        scores = scores * (factor / LOG2E) / cap
+        small = gl.exp2(-2.8853900817779268 * gl.abs(scores))
+        tanh = (1 - small) / (1 + small)
+        scores = gl.where(scores < 0, -tanh, tanh) * (cap * LOG2E)
+        factor = 1.0
+    if PARTIAL:
+        scores = cut(scores, part, bound, row, BITS, N, LAYOUT)
+    return online(scores, total, top, factor, PARTIAL, OPERAND, DTYPE)
 
 
 @gluon.jit
@@ -327,10 +335,15 @@ def _tile(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[tuple[int, ...], 
     return shape, gl.NVMMASharedLayout.get_default_for(list(shape), DTYPES[dtype])
 
 
+@lru_cache
+def cores(where: torch.device) -> int:
+    """Multiprocessors; where there is no GPU, those of the one that is compiled for."""
+    return torch.cuda.get_device_properties(where).multi_processor_count if where.type == "cuda" else 132
+
+
 def programs(x: Tensor, tiles: int, waves: int = WAVES) -> int:
     """How many programs, `waves` a multiprocessor, walk over `tiles` tiles."""
-    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-    return min(tiles, waves * count)
+    return min(tiles, waves * cores(x.device))
 
 
 def forward(

@@ -72,7 +72,7 @@ def copy(
 
 @gluon.jit
 def decays(G, sg_b, sg_h, batch, head, token, end, tokens, GROUP_G: gl.constexpr):
-    """Logarithms (base 2) of the decay from the chunk's begin to each token, and to its end; see `Problem`."""
+    """Logarithms (base 2) of the decay from the chunk's begin to each token, and to its end (see `along_chunks`)."""
     spot = G + batch.to(gl.int64) * sg_b + (head // GROUP_G) * sg_h + token
     last = gl.minimum(end - token, CHUNK) - 1
     return gl.load(spot + gl.minimum(tokens, last)), gl.load(spot + last)
