@@ -27,6 +27,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ahead import briefly, side_by_side
+from cases.patterns import clock, settle
+from cases.state_step import many
 from regard.core.errors import RegardError
 from regard.kernels.states.scan import scan
 from regard.measure.seconds import spread
@@ -419,31 +421,8 @@ def turns(calls: dict[str, Call], shared: Setting) -> dict[str, Any]:
     """Milliseconds of one call of each side, spread over the repeats, sides taking turns."""
     found: dict[str, list[float]] = {side: [] for side in calls}
     for call in calls.values():
-        clock(call, 1)
+        clock(call, AHEAD)
     for _ in range(shared.repeats):
         for side, call in calls.items():
-            found[side].append(clock(call, shared.steps) * 1e3 / shared.steps)
+            found[side].append(clock(many(call, shared.steps), AHEAD) / shared.steps)
     return {side: spread(values) for side, values in found.items()}
-
-
-def settle() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def clock(call: Call, steps: int) -> float:
-    """Seconds until everything that `steps` calls started has finished; on a GPU the device's, without its host's."""
-    if not torch.cuda.is_available():
-        began = time.perf_counter()
-        for _ in range(steps):
-            call()
-        return time.perf_counter() - began
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    torch.cuda._sleep(AHEAD)
-    began.record()
-    for _ in range(steps):
-        call()
-    ended.record()
-    torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1e3
